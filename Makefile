@@ -1,0 +1,44 @@
+# make demo and make test start from a bare clone: they create .venv, install into it, and, as root on Debian, install the
+# system packages that the tests' real peers need.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+PEERS := dcmtk orthanc
+STAMP := $(VENV)/.installed
+export RAY_USAGE_STATS_ENABLED := 0
+
+.PHONY: help install peers demo test lint clean
+
+help:
+	@echo "make install   create $(VENV) and install cxr-ray into it"
+	@echo "make demo      the whole way on synthetic radiographs (SERVE=1 leaves the service up)"
+	@echo "make test      lint, types and all tests, with real peers where they can be installed"
+	@echo "make lint      ruff and mypy only"
+
+install: $(STAMP)
+
+$(STAMP): pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e ".[dev]" 2>&1 | grep -v "^WARNING: Location" || true
+	@$(BIN)/python -c "import ray, torch, cxr_ray"
+	@touch $(STAMP)
+
+# Where they cannot be installed, the tests that need them are skipped with the reason; with CI=true they fail.
+peers:
+	@if [ "$$(id -u)" = 0 ] && command -v apt-get >/dev/null && ! dpkg -s $(PEERS) >/dev/null 2>&1; then \
+		apt-get update -qq && DEBIAN_FRONTEND=noninteractive apt-get install -y -qq --no-install-recommends $(PEERS) >/dev/null; \
+	fi || echo "the test peers ($(PEERS)) could not be installed"
+
+demo: install
+	$(BIN)/cxr-ray demo $(if $(SERVE),--serve)
+
+test: install peers lint
+	$(BIN)/python -m pytest
+
+lint: install
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+
+clean:
+	rm -rf $(VENV) demo

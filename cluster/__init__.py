@@ -1,0 +1,1 @@
+"""Submitting commands to a Ray cluster; imports none of the other packages."""

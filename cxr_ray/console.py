@@ -1,0 +1,75 @@
+"""The `cxr-ray` command: finds the command that is called and loads only that one.
+
+Importing torch and Ray takes seconds; the list of commands has to answer at once. So the table below names each command's
+function as text, and nothing is imported before it is called.
+"""
+
+import importlib
+import os
+import sys
+
+COMMANDS: dict[str, tuple[str, str]] = {
+    "demo": ("serve.cli:demo", "The whole way on synthetic radiographs: ingest, train, evaluate, serve, C-STORE"),
+    "ingest": ("ingest.cli:app", "Turn a release, DICOM files or phantoms into a dataset (nih, dicom, phantom)"),
+    "train": ("cxr_ray.cli:train", "Train a preset on a dataset; the result is a bundle"),
+    "evaluate": ("cxr_ray.cli:evaluate", "Score a bundle on a dataset's test split"),
+    "bundle": ("cxr_ray.cli:bundle", "Look at a bundle (show, verify)"),
+    "serve": ("serve.cli:serve", "Answer over HTTP; with --with-node also over DICOM"),
+    "listen": ("serve.cli:listen", "Receive studies by C-STORE and send them to a running service"),
+    "deadletter": ("serve.cli:deadletter", "Instances that got no answer, and why (list, replay)"),
+    "submit": ("cluster.cli:submit", "Run ingest, train or evaluate as a job on a Ray cluster"),
+}
+HELP_FLAGS = ("--help", "-h")
+
+
+def main() -> None:
+    """Run the command named by the first argument; exit 2 for bad usage, 1 for failed work, 130 when interrupted."""
+    arguments = sys.argv[1:]
+    if not arguments or arguments[0] in HELP_FLAGS:
+        sys.stdout.write(_overview())
+        return
+    if arguments[0] == "--version":
+        from cxr_ray import __version__  # noqa: PLC0415
+
+        sys.stdout.write(f"cxr-ray {__version__}\n")
+        return
+    if arguments[0] not in COMMANDS:
+        _fail(f"command {arguments[0]!r} is not known; use one of: {', '.join(COMMANDS)}", 2)
+    # Before anything imports Ray, which reads these once.
+    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+    os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
+    _call(arguments[0], arguments[1:])
+
+
+def _call(name: str, arguments: list[str]) -> None:
+    from cxr_ray.errors import CxrRayError, UsageError  # noqa: PLC0415
+
+    module, function = COMMANDS[name][0].split(":")
+    app = getattr(importlib.import_module(module), function)
+    try:
+        app(args=arguments, prog_name=f"cxr-ray {name}")
+    except UsageError as error:
+        _fail(str(error), 2)
+    except CxrRayError as error:
+        _fail(str(error), 1)
+    except KeyboardInterrupt:
+        _fail("interrupted", 130)
+
+
+def _fail(message: str, code: int) -> None:
+    sys.stderr.write(f"cxr-ray: {' '.join(message.split())}\n")
+    raise SystemExit(code)
+
+
+def _overview() -> str:
+    width = max(map(len, COMMANDS))
+    lines = "\n".join(f"  {name:<{width}}  {summary}" for name, (_, summary) in COMMANDS.items())
+    return (
+        "Chest radiographs in, probabilities of fourteen diseases out, on Ray.\n\n"
+        f"Usage: cxr-ray COMMAND [OPTIONS]\n\nCommands:\n{lines}\n\n"
+        "'cxr-ray COMMAND --help' lists the options of a command.\n"
+    )
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,164 @@
+"""A dataset on disk: Parquet shards and the manifest that names them.
+
+``manifest.json`` is the commit point. It is written last and lists every shard file, so that what it does not list (a run that
+was interrupted, one that was replaced) is not part of the dataset, whatever lies in the folder.
+"""
+
+import hashlib
+from collections.abc import Iterator
+from datetime import datetime
+from typing import Literal
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+from pyarrow import fs
+from pydantic import BaseModel, ConfigDict, ValidationError
+
+from cxr_ray import storage
+from cxr_ray.errors import CxrRayError
+from cxr_ray.records import SPLITS
+
+MANIFEST = "manifest.json"
+
+
+class _Model(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class Shard(_Model):
+    """One Parquet file, its path relative to the dataset."""
+
+    path: str
+    rows: int
+
+
+class Split(_Model):
+    """One split: how many images and patients, how common each finding is among labelled images, and its files."""
+
+    images: int
+    patients: int
+    labelled: int
+    prevalence: dict[str, float]
+    shards: list[Shard]
+
+
+class Quarantined(_Model):
+    """A file that was left out, and why."""
+
+    image: str
+    reason: str
+
+
+class Manifest(_Model):
+    """What a dataset holds and where it comes from.
+
+    `metadata_sha256` is the digest of the source's table of labels, `counts` what the source was found to hold.
+    """
+
+    schema_version: Literal[1] = 1
+    created: datetime
+    code_version: str
+    source: str
+    metadata_sha256: str | None
+    settings: dict[str, object]
+    findings: list[str]
+    size: int | None
+    pixel_recipe: dict[str, object] | None
+    splits: dict[str, Split]
+    counts: dict[str, int]
+    quarantined: list[Quarantined]
+
+
+class Dataset:
+    """A dataset opened for reading.
+
+    Raises
+    ------
+    CxrRayError
+        If there is no manifest, or it is damaged or of another schema version.
+    """
+
+    def __init__(self, uri: str) -> None:
+        self.uri = uri
+        self.filesystem, self.root = storage.resolve(uri)
+        path = f"{self.root}/{MANIFEST}"
+        if not storage.exists(self.filesystem, path):
+            raise CxrRayError(f"{uri}: holds no {MANIFEST}; make a dataset with 'cxr-ray ingest'")
+        content = storage.read_bytes(self.filesystem, path)
+        try:
+            self.manifest = Manifest.model_validate_json(content)
+        except ValidationError as error:
+            first = error.errors()[0]
+            where = ".".join(str(part) for part in first["loc"])
+            raise CxrRayError(f"{path}: {where}: {first['msg']}; run 'cxr-ray ingest' again") from None
+        self.digest = hashlib.sha256(content).hexdigest()
+
+    def split(self, name: str) -> Split:
+        """A split that must hold images.
+
+        Raises
+        ------
+        CxrRayError
+            If it is absent or empty.
+        """
+        split = self.manifest.splits.get(name)
+        if split is None or split.images == 0:
+            held = ", ".join(f"{key} ({value.images})" for key, value in self.manifest.splits.items())
+            raise CxrRayError(f"{self.uri}: split {name!r} holds no images, only {held}; ingest images of that split")
+        return split
+
+    def paths(self, name: str) -> list[str]:
+        """The files of a split, as paths of `filesystem`."""
+        return [f"{self.root}/{shard.path}" for shard in self.split(name).shards]
+
+    def read(self, name: str, columns: list[str]) -> pa.Table:
+        """Columns of a split, in memory; meant for metadata.
+
+        Raises
+        ------
+        CxrRayError
+            If a file is absent, or the rows are not as many as the manifest says.
+        """
+        tables = [read_shard(self.filesystem, path, columns) for path in self.paths(name)]
+        table = pa.concat_tables(tables)
+        if table.num_rows != self.split(name).images:
+            raise CxrRayError(
+                f"{self.uri}: split {name} has {table.num_rows} rows, the manifest says {self.split(name).images}; ingest again"
+            )
+        return table
+
+    def batches(self, name: str, columns: list[str], rows: int) -> Iterator[pa.Table]:
+        """A split in batches of at most `rows`, always in the same order; a batch does not span shards."""
+        for path in self.paths(name):
+            with self.filesystem.open_input_file(path) as stream:
+                for batch in pq.ParquetFile(stream).iter_batches(batch_size=rows, columns=columns):
+                    yield pa.Table.from_batches([batch])
+
+    def require_pixels(self) -> int:
+        """The pixel size.
+
+        Raises
+        ------
+        CxrRayError
+            If the dataset holds metadata only.
+        """
+        if self.manifest.size is None:
+            raise CxrRayError(f"{self.uri}: holds metadata only; ingest without --metadata-only to train on images")
+        return self.manifest.size
+
+
+def read_shard(filesystem: fs.FileSystem, path: str, columns: list[str]) -> pa.Table:
+    """Columns of one shard.
+
+    Raises
+    ------
+    CxrRayError
+        If the file is absent or damaged.
+    """
+    try:
+        return pq.read_table(path, columns=columns, filesystem=filesystem, partitioning=None)
+    except (OSError, pa.ArrowException) as error:
+        raise CxrRayError(f"{path}: cannot be read ({str(error).splitlines()[0]}); ingest again") from None
+
+
+__all__ = ["MANIFEST", "SPLITS", "Dataset", "Manifest", "Quarantined", "Shard", "Split", "read_shard"]

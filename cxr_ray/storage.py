@@ -1,0 +1,59 @@
+"""Files at any pyarrow filesystem URI: a local path, ``file://``, ``s3://``, ``gs://``, ``hdfs://``."""
+
+from pathlib import Path
+
+import pyarrow as pa
+from pyarrow import fs
+
+from cxr_ray.errors import CxrRayError, UsageError
+
+
+def resolve(uri: str) -> tuple[fs.FileSystem, str]:
+    """The filesystem of a URI and the path inside it; a plain path is local and may be relative.
+
+    Raises
+    ------
+    UsageError
+        If the scheme is not one that pyarrow knows.
+    """
+    try:
+        if "://" in uri:
+            return fs.FileSystem.from_uri(uri)
+        return fs.LocalFileSystem(), str(Path(uri).expanduser().resolve())
+    except (pa.ArrowException, ValueError, OSError) as error:
+        raise UsageError(f"URI {uri!r} cannot be used ({error}); give a path or a URI such as s3://bucket/folder") from None
+
+
+def absolute(uri: str) -> str:
+    """The same place, named so that a process with another working folder finds it."""
+    return uri if "://" in uri else resolve(uri)[1]
+
+
+def exists(filesystem: fs.FileSystem, path: str) -> bool:
+    """Whether a file or folder is there."""
+    return filesystem.get_file_info(path).type != fs.FileType.NotFound
+
+
+def read_bytes(filesystem: fs.FileSystem, path: str) -> bytes:
+    """The content of a file.
+
+    Raises
+    ------
+    CxrRayError
+        If it is absent or unreadable.
+    """
+    try:
+        with filesystem.open_input_stream(path) as stream:
+            return stream.read()
+    except OSError as error:
+        raise CxrRayError(
+            f"{path}: cannot be read ({str(error).splitlines()[0]}); check the path and its permissions"
+        ) from None
+
+
+def write_atomically(filesystem: fs.FileSystem, path: str, data: bytes) -> None:
+    """Write a file so that a reader sees all of it or none of it."""
+    partial = f"{path}.partial"
+    with filesystem.open_output_stream(partial) as stream:
+        stream.write(data)
+    filesystem.move(partial, path)

@@ -1,0 +1,135 @@
+"""`cxr-ray ingest`: sources of radiographs into datasets."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from cxr_ray.dataset import SPLITS, Manifest
+from cxr_ray.ray_session import ray_session
+from cxr_ray.settings import load_settings
+from cxr_ray.terminal import command_group, console, print_json, print_settings, table
+
+app = command_group("Turn a release, DICOM files or phantoms into a dataset.")
+
+Config = Annotated[Path | None, typer.Option(help="YAML file with settings; flags override it.")]
+Out = Annotated[str | None, typer.Option(help="Folder or URI of the dataset.")]
+Size = Annotated[int | None, typer.Option(help="Edge of the stored square, in pixels [256].")]
+MaxQuarantined = Annotated[
+    float | None, typer.Option(help="Share of unreadable images that stops the run; 1 never stops it [0.01].")
+]
+Overwrite = Annotated[bool | None, typer.Option("--overwrite", help="Replace the dataset that OUT holds.")]
+Seed = Annotated[int | None, typer.Option(help="Seed of everything random [0].")]
+Json = Annotated[bool, typer.Option("--json", help="Print the manifest's summary as JSON.")]
+
+
+@app.command()
+def nih(
+    release: Annotated[str | None, typer.Option(help="Folder or URI of the NIH release.")] = None,
+    out: Out = None,
+    size: Size = None,
+    metadata_only: Annotated[
+        bool | None, typer.Option("--metadata-only", help="Write every row of the table, without pixels.")
+    ] = None,
+    val_fraction: Annotated[
+        float | None, typer.Option(help="Share of train_val that becomes validation, by patient [0.1].")
+    ] = None,
+    seed: Seed = None,
+    max_quarantined: MaxQuarantined = None,
+    overwrite: Overwrite = None,
+    config: Config = None,
+    json: Json = False,
+) -> None:
+    """Ingest the NIH ChestX-ray14 release, or the part of it that is there."""
+    flags = dict(
+        release=release,
+        out=out,
+        size=size,
+        metadata_only=metadata_only,
+        val_fraction=val_fraction,
+        seed=seed,
+        max_quarantined=max_quarantined,
+        overwrite=overwrite,
+    )
+    from ingest.nih import NihSettings, ingest_nih  # noqa: PLC0415 - each source brings its own libraries
+
+    settings = load_settings(NihSettings, config, flags)
+    print_settings("ingest nih", settings)
+    with ray_session():
+        _print_manifest(settings.out, ingest_nih(settings), as_json=json)
+
+
+@app.command()
+def dicom(
+    source: Annotated[str | None, typer.Option(help="Folder or URI searched for DICOM files.")] = None,
+    out: Out = None,
+    size: Size = None,
+    labels: Annotated[
+        str | None, typer.Option(help="CSV with columns 'SOPInstanceUID' and 'Finding Labels'; without it, no labels.")
+    ] = None,
+    patient_key_file: Annotated[
+        Path | None, typer.Option(help="File with the secret that patient identifiers are hashed with.")
+    ] = None,
+    val_fraction: Annotated[float | None, typer.Option(help="Share of the patients for validation [0.1].")] = None,
+    test_fraction: Annotated[float | None, typer.Option(help="Share of the patients for the test [0.2].")] = None,
+    max_quarantined: MaxQuarantined = None,
+    overwrite: Overwrite = None,
+    config: Config = None,
+    json: Json = False,
+) -> None:
+    """Ingest frontal chest radiographs from DICOM files."""
+    flags = dict(
+        source=source,
+        out=out,
+        size=size,
+        labels=labels,
+        patient_key_file=patient_key_file,
+        val_fraction=val_fraction,
+        test_fraction=test_fraction,
+        max_quarantined=max_quarantined,
+        overwrite=overwrite,
+    )
+    from ingest.dicom import DicomSettings, ingest_dicom  # noqa: PLC0415
+
+    settings = load_settings(DicomSettings, config, flags)
+    print_settings("ingest dicom", settings)
+    with ray_session():
+        _print_manifest(settings.out, ingest_dicom(settings), as_json=json)
+
+
+@app.command()
+def phantom(
+    out: Out = None,
+    patients: Annotated[int | None, typer.Option(help="Patients, each with one to several visits.")] = None,
+    size: Size = None,
+    seed: Seed = None,
+    config: Config = None,
+) -> None:
+    """Make a release of synthetic radiographs: PNG and CSV laid out as NIH's, and the same images as DICOM."""
+    from ingest.phantom_release import PhantomSettings, make_release  # noqa: PLC0415
+
+    flags = dict(out=out, patients=patients, size=size, seed=seed)
+    settings = load_settings(PhantomSettings, config, flags)
+    print_settings("ingest phantom", settings)
+    with ray_session():
+        images = make_release(settings)
+    console.print(f"{settings.patients} patients, {images} images in {settings.out}")
+    console.print(f"next: cxr-ray ingest nih --release {settings.out} --out DATASET --size 64")
+
+
+def _print_manifest(out: str, manifest: Manifest, *, as_json: bool) -> None:
+    if as_json:
+        print_json(manifest.model_dump(mode="json", exclude={"splits": {"__all__": {"shards"}}}))
+        return
+    columns = [("split", False), ("images", True), ("patients", True), ("labelled", True), ("shards", True)]
+    shown = table(f"Dataset {out}", columns)
+    for name in SPLITS:
+        split = manifest.splits[name]
+        row = (split.images, split.patients, split.labelled, len(split.shards))
+        shown.add_row(name, *(f"{number:,}" for number in row))
+    console.print(shown)
+    console.print("; ".join(f"{name.replace('_', ' ')} {count:,}" for name, count in manifest.counts.items()))
+    for entry in manifest.quarantined[:5]:
+        console.print(f"left out: {entry.reason}")
+    if len(manifest.quarantined) > 5:
+        console.print(f"left out: {len(manifest.quarantined) - 5} more, listed in {out}/manifest.json")

@@ -1,0 +1,363 @@
+"""The dispatcher: takes instances from the spool, asks the service, writes the answers to the store.
+
+Each instance ends in one of two ways. Answered: the result is committed to the store, then the file moves to ``done/``.
+Given up: the service says that no repetition will help (400, 413, 415, 422), or the same UID was answered for other
+bytes; the file moves to ``dead/`` with the reason. Everything else is weather: the instance waits in ``ready/`` and is
+tried again, later and later, for ever. The order commit, then move makes a crash at any point harmless: what was
+committed is recognised on the next look and only moved.
+"""
+
+import contextlib
+import fcntl
+import logging
+import os
+import random
+import ssl
+import threading
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from email.utils import parsedate_to_datetime
+from http import HTTPStatus
+from typing import Annotated, Self
+
+import httpx
+from pydantic import BaseModel, ConfigDict, Field, JsonValue, SecretStr, StringConstraints, ValidationError
+
+from cxr_ray.errors import CxrRayError, UsageError
+from serve.node.spool import Spool, SpooledInstance
+from serve.store import Answer, Finding, OtherContentError, ReceivedInstance, Store
+
+_PERMANENT = frozenset({400, 413, 415, 422})
+_LONGEST_RETRY_AFTER = 3600.0
+_LONGEST_REASON = 500
+_JOIN_SECONDS = 5.0
+
+_log = logging.getLogger(__name__)
+
+
+class DispatchSettings(BaseModel):
+    """Where the service is and how patiently it is asked."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    service_url: Annotated[str, StringConstraints(pattern=r"^https?://[^\s]+$")] = Field(
+        "http://127.0.0.1:8000", description="Root of the service, without /v1."
+    )
+    token: SecretStr | None = Field(None, description="Bearer token for the service; null: none is sent.")
+    first_retry_seconds: float = Field(0.5, gt=0, description="Pause after the first failure; doubles with each.")
+    max_retry_seconds: float = Field(60, gt=0, description="Longest pause of our own; Retry-After may ask for more.")
+    jitter: float = Field(0.2, ge=0, le=1, description="Random part added to a pause, as a fraction of it; 0: off.")
+    timeout_seconds: float = Field(120, gt=0, description="Patience with one request; cannot be off.")
+    poll_seconds: float = Field(0.5, gt=0, description="Pause between looks at the spool; a notification ends it.")
+    concurrency: int = Field(2, ge=1, le=64, description="Requests at once.")
+
+
+@dataclass
+class _Waiting:
+    attempts: int = 0
+    due: float = 0.0
+    state: str = ""
+
+
+class _TransientError(Exception):
+    def __init__(self, state: str, retry_after: float = 0.0) -> None:
+        super().__init__(state)
+        self.state, self.retry_after = state, retry_after
+
+
+class _RefusedError(Exception):
+    def __init__(self, status: int, reason: str) -> None:
+        super().__init__(reason)
+        self.status, self.reason = status, reason
+
+
+class _Model(BaseModel):
+    name: str
+    version: str
+    digest: str = Field(min_length=1)
+
+
+class _FindingAnswer(BaseModel):
+    name: str
+    probability: float = Field(ge=0, le=1)
+    threshold: float = Field(ge=0, le=1)
+    positive: bool
+
+
+class _Prediction(BaseModel):
+    model: _Model
+    findings: list[_FindingAnswer] = Field(min_length=1)
+    clinical: dict[str, JsonValue]
+    warnings: list[str]
+
+
+class Dispatcher:
+    """Answers the instances of one spool, in threads of its own.
+
+    Any number may be started on a spool: one holds its lock and works, the others wait to take over.
+
+    Parameters
+    ----------
+    settings : DispatchSettings
+        The service and the patience with it.
+    spool : Spool
+        Where instances lie.
+    store : Store
+        Where answers go.
+    """
+
+    def __init__(self, settings: DispatchSettings, spool: Spool, store: Store) -> None:
+        self._settings = settings
+        self._spool = spool
+        self._store = store
+        self._stopping = threading.Event()
+        self._wake = threading.Event()
+        self._thread: threading.Thread | None = None
+        self._slots = threading.Semaphore(settings.concurrency)
+        self._busy: set[str] = set()
+        self._waiting: dict[str, _Waiting] = {}
+        self._guard = threading.Lock()
+
+    def start(self) -> None:
+        """Begin to work, or to wait for the spool's lock; returns at once.
+
+        Raises
+        ------
+        UsageError
+            When `service_url` is no URL.
+        """
+        self._stopping.clear()
+        self._thread = threading.Thread(target=self._run, args=(self._client(),), name="dispatcher", daemon=True)
+        self._thread.start()
+
+    def stop(self) -> None:
+        """Take nothing new and return when the requests under way are answered, or after a few seconds without them.
+
+        What is abandoned stays in the spool.
+        """
+        self._stopping.set()
+        self._wake.set()
+        if self._thread:
+            self._thread.join(_JOIN_SECONDS)
+
+    def notify(self) -> None:
+        """Say that there is something new in the spool; returns at once."""
+        self._wake.set()
+
+    def __enter__(self) -> Self:
+        self.start()
+        return self
+
+    def __exit__(self, *_exception: object) -> None:
+        self.stop()
+
+    def _run(self, client: httpx.Client) -> None:
+        with self._alone() as alone, client:
+            workers: list[threading.Thread] = []
+            while alone and not self._stopping.is_set():
+                self._wake.clear()
+                # Taken before the spool is listed: what is finished after the listing still stands in it.
+                with self._guard:
+                    busy = set(self._busy)
+                try:
+                    names = self._spool.pending()
+                except OSError as error:
+                    _log.error("the spool cannot be listed: %s", error.strerror)
+                    names = []
+                for name in self._due(names, busy):
+                    worker = threading.Thread(target=self._work, args=(client, name), daemon=True)
+                    workers = [*(thread for thread in workers if thread.is_alive()), worker]
+                    worker.start()
+                self._wake.wait(self._pause())
+            # The lock is not given up, and the client not closed, under a request that is still under way.
+            for worker in workers:
+                worker.join()
+
+    @contextlib.contextmanager
+    def _alone(self) -> Iterator[bool]:
+        descriptor = os.open(self._spool.root / "dispatcher.lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+        try:
+            alone = told = False
+            while not alone and not self._stopping.is_set():
+                try:
+                    fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                    alone = True
+                except BlockingIOError:
+                    if not told:
+                        _log.info("another dispatcher works on this spool; waiting for its lock")
+                        told = True
+                    self._stopping.wait(self._settings.poll_seconds)
+            yield alone
+        finally:
+            os.close(descriptor)
+
+    def _client(self) -> httpx.Client:
+        token, service = self._settings.token, self._settings.service_url
+        try:
+            base = httpx.URL(service)
+        except httpx.InvalidURL as error:
+            raise UsageError(f"service_url {service!r}: {error}; write e.g. http://127.0.0.1:8000") from error
+        return httpx.Client(
+            base_url=base,
+            headers={"Authorization": f"Bearer {token.get_secret_value().strip()}"} if token else {},
+            timeout=self._settings.timeout_seconds,
+            # Images of patients do not take a detour by a proxy that some environment variable names.
+            trust_env=False,
+            verify=ssl.create_default_context(),
+        )
+
+    def _due(self, names: list[str], busy: set[str]) -> Iterator[str]:
+        """Yield what may be tried now, each with a free slot taken for it; `busy` are subjects under way at the listing."""
+        seen = set(busy)
+        now = time.monotonic()
+        with self._guard:
+            self._waiting = {name: self._waiting[name] for name in names if name in self._waiting}
+        for name in names:
+            # One UID, several contents: the first that came has to be settled before the next is looked at.
+            subject = name.partition("-")[0]
+            with self._guard:
+                waits = subject in seen or subject in self._busy or self._waiting.get(name, _Waiting()).due > now
+            seen.add(subject)
+            if waits:
+                continue
+            self._slots.acquire()
+            if self._stopping.is_set():
+                self._slots.release()
+                return
+            with self._guard:
+                self._busy.add(subject)
+            yield name
+
+    def _pause(self) -> float:
+        with self._guard:
+            nearest = min((waiting.due for waiting in self._waiting.values()), default=float("inf"))
+        # A retry that is due while its slot is taken must not make this spin.
+        return max(min(nearest - time.monotonic(), self._settings.poll_seconds), 0.01)
+
+    def _work(self, client: httpx.Client, name: str) -> None:
+        try:
+            self._settle(client, name)
+        except _TransientError as weather:
+            self._wait(name, weather.state, weather.retry_after)
+        except FileNotFoundError:
+            _log.info("%s: no longer in the spool", name)
+        except OSError as error:
+            self._wait(name, f"disk: {error.strerror}")
+        # Whatever else it is must not end the thread unseen, nor lose the instance.
+        except Exception as error:  # noqa: BLE001
+            self._wait(name, f"{type(error).__name__} in the dispatcher")
+        finally:
+            with self._guard:
+                self._busy.discard(name.partition("-")[0])
+            self._slots.release()
+            self._wake.set()
+
+    def _settle(self, client: httpx.Client, name: str) -> None:
+        try:
+            instance = self._spool.read(name)
+        except CxrRayError as error:
+            self._give_up(name, None, str(error), None)
+            return
+        try:
+            answered = self._store.content_digest(instance.sop_instance_uid)
+            if answered not in {None, instance.content_digest}:
+                raise OtherContentError(f"instance {instance.sop_instance_uid} was received before with other bytes")
+            if answered is None:
+                prediction = self._ask(client, instance)
+                self._store.record_result(_received(instance), _answer(prediction))
+            self._spool.done(name)
+        except OtherContentError as error:
+            self._give_up(name, instance, str(error), HTTPStatus.CONFLICT)
+        except _RefusedError as error:
+            try:
+                self._store.record_refusal(_received(instance), error.reason)
+            except CxrRayError as unwritten:
+                raise _TransientError("the results store does not answer") from unwritten
+            self._give_up(name, instance, error.reason, error.status)
+        except CxrRayError as error:
+            raise _TransientError("the results store does not answer") from error
+        else:
+            self._forget(name)
+            _log.info("%s: answered", name)
+
+    def _ask(self, client: httpx.Client, instance: SpooledInstance) -> _Prediction:
+        with instance.path.open("rb") as file:
+            try:
+                response = client.post("/v1/predict", files={"image": (instance.name, file, "application/dicom")})
+            except httpx.HTTPError as error:
+                raise _TransientError(f"the service cannot be reached ({type(error).__name__})") from error
+        if response.status_code in _PERMANENT:
+            raise _RefusedError(response.status_code, _detail(response))
+        if response.status_code != HTTPStatus.OK:
+            raise _TransientError(f"the service answers {response.status_code}", _retry_after(response))
+        try:
+            return _Prediction.model_validate_json(response.content)
+        except ValidationError as error:
+            raise _TransientError("the service's answer is malformed") from error
+
+    def _give_up(self, name: str, instance: SpooledInstance | None, reason: str, status: int | None) -> None:
+        with self._guard:
+            attempts = self._waiting.get(name, _Waiting()).attempts + 1
+        self._spool.dead(name, reason=reason, status=status, attempts=attempts, instance=instance)
+        self._forget(name)
+        _log.warning("%s: dead letter (%s)", name, status or "unreadable")
+
+    def _forget(self, name: str) -> None:
+        with self._guard:
+            self._waiting.pop(name, None)
+
+    def _wait(self, name: str, state: str, retry_after: float = 0.0) -> None:
+        settings = self._settings
+        with self._guard:
+            waiting = self._waiting.setdefault(name, _Waiting())
+            waiting.attempts += 1
+            # The exponent is bounded, or a long outage overflows it.
+            pause = min(settings.first_retry_seconds * 2.0 ** min(waiting.attempts - 1, 32), settings.max_retry_seconds)
+            pause *= 1 + settings.jitter * random.random()  # noqa: S311
+            waiting.due = time.monotonic() + max(pause, retry_after)
+            changed, waiting.state = waiting.state != state, state
+        if changed:
+            _log.warning("%s: waiting; %s", name, state)
+
+
+def _received(instance: SpooledInstance) -> ReceivedInstance:
+    return ReceivedInstance(
+        sop_instance_uid=instance.sop_instance_uid,
+        study_instance_uid=instance.study_instance_uid,
+        series_instance_uid=instance.series_instance_uid,
+        content_digest=instance.content_digest,
+        received_at=instance.received_at,
+        calling_ae=instance.calling_ae,
+        patient_id=instance.patient_id,
+        accession_number=instance.accession_number,
+        study_date=instance.study_date,
+    )
+
+
+def _answer(prediction: _Prediction) -> Answer:
+    model = prediction.model
+    findings = tuple(
+        Finding(finding.name, finding.probability, finding.threshold, finding.positive) for finding in prediction.findings
+    )
+    return Answer(model.name, model.version, model.digest, findings, prediction.clinical, warnings=tuple(prediction.warnings))
+
+
+def _detail(response: httpx.Response) -> str:
+    # RFC 9457; a proxy in between may answer in its own way.
+    try:
+        detail = response.json()["detail"]
+    except (ValueError, KeyError, TypeError):
+        detail = None
+    return detail[:_LONGEST_REASON] if isinstance(detail, str) and detail else f"refused with {response.status_code}"
+
+
+def _retry_after(response: httpx.Response) -> float:
+    # RFC 9110 section 10.2.3: seconds or a date.
+    value = response.headers.get("Retry-After", "")
+    try:
+        wanted = float(value) if value.isdigit() else (parsedate_to_datetime(value) - datetime.now(UTC)).total_seconds()
+    except (ValueError, TypeError):
+        return 0.0
+    return min(max(wanted, 0.0), _LONGEST_RETRY_AFTER)

@@ -1,0 +1,392 @@
+"""The durable spool: what the node has promised to answer, as files on a local disk.
+
+An instance that a peer was told is stored lies under its final name in ``ready/``, its bytes and its folder entry
+forced to disk. From there a rename takes it to ``done/`` (answered) or ``dead/`` (given up, the reason beside it). The
+names are digests of SOP Instance UID and data set: they say what was received, carry nobody's identity and cannot
+leave the folder. There is no index that could disagree with the files: listing the folders is the state.
+
+::
+
+    incoming/  being written; removed when its writer is gone      ready/  accepted, to be answered, oldest first
+    done/      answered, kept for a while to recognise re-sends     dead/   <name> and <name>.json with the reason
+"""
+
+import contextlib
+import fcntl
+import hashlib
+import json
+import logging
+import os
+import shutil
+import time
+import uuid
+from collections.abc import Iterator
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from enum import Enum
+from io import BytesIO
+from pathlib import Path
+
+import pydicom.config
+from pydicom import dcmread
+from pydicom.dataelem import DataElement
+from pydicom.dataset import Dataset, FileMetaDataset
+from pydicom.filewriter import write_file_meta_info
+
+from cxr_ray.errors import CxrRayError
+
+IMPLEMENTATION_CLASS_UID = "2.25.322980158282305504265312806421250201875"
+IMPLEMENTATION_VERSION_NAME = "CXRRAY_1"
+_LONGEST_UID = 64
+_FOLDERS = ("incoming", "ready", "done", "dead")
+_IDENTIFIERS = ["StudyInstanceUID", "SeriesInstanceUID", "PatientID", "AccessionNumber", "StudyDate"]
+
+_log = logging.getLogger(__name__)
+
+
+class Stored(Enum):
+    """What `Spool.store` found; both mean that the instance is safe."""
+
+    NEW = "new"
+    DUPLICATE = "duplicate"
+
+
+@dataclass(frozen=True)
+class Origin:
+    """What the file meta group says about received bytes (PS3.10 section 7.1).
+
+    Parameters
+    ----------
+    sop_class_uid, sop_instance_uid : str
+        As in the C-STORE command set.
+    transfer_syntax_uid : str
+        The syntax in which the data set is encoded.
+    calling_ae : str
+        Title of the sender; anything outside printable ASCII is dropped.
+    """
+
+    sop_class_uid: str
+    sop_instance_uid: str
+    transfer_syntax_uid: str
+    calling_ae: str = ""
+
+
+@dataclass(frozen=True)
+class SpooledInstance:
+    """An accepted instance: where it lies and the identifiers under which its answer is filed."""
+
+    path: Path
+    name: str
+    content_digest: str
+    sop_class_uid: str
+    sop_instance_uid: str
+    study_instance_uid: str
+    series_instance_uid: str
+    patient_id: str | None
+    accession_number: str | None
+    study_date: str | None
+    calling_ae: str | None
+    received_at: datetime
+
+
+@dataclass(frozen=True)
+class DeadLetter:
+    """An instance that was given up. `status` is the HTTP status that decided it; identifiers may be unknown."""
+
+    name: str
+    reason: str
+    status: int | None
+    when: datetime
+    attempts: int
+    sop_instance_uid: str | None
+    study_instance_uid: str | None
+
+
+class Spool:
+    """Durable spool under one folder; safe for several threads and processes of one machine.
+
+    Parameters
+    ----------
+    root : pathlib.Path
+        Folder on a local file system (rename and flock must hold; no network share). Created if absent.
+
+    Raises
+    ------
+    CxrRayError
+        When the folder cannot be created or written.
+    """
+
+    def __init__(self, root: Path) -> None:
+        self.root = Path(root)
+        self._incoming, self._ready, self._done, self._dead = (self.root / name for name in _FOLDERS)
+        try:
+            for name in _FOLDERS:
+                _make_durably(self.root / name)
+            self._remove_leftovers()
+        except OSError as error:
+            raise CxrRayError(
+                f"spool {self.root}: {error.strerror}; name a folder on a local disk that this user can write"
+            ) from error
+
+    def store(self, data: bytes | memoryview, origin: Origin) -> Stored:
+        """Make a received data set durable under its final name.
+
+        Parameters
+        ----------
+        data : bytes or memoryview
+            Bytes of the encoded data set exactly as received, without file meta information.
+        origin : Origin
+            What the file meta group will say; none of its UIDs may be empty.
+
+        Returns
+        -------
+        Stored
+            `Stored.DUPLICATE` when the same bytes under the same SOP Instance UID are kept already: nothing is queued.
+
+        Raises
+        ------
+        OSError
+            When the bytes could not be made durable; nothing is promised then (PS3.4 Annex B: status A7xx).
+        """
+        name = name_of(origin.sop_instance_uid, hashlib.sha256(data).hexdigest())
+        # In the order in which a file travels, or one that moves between two looks is missed.
+        for folder in (self._ready, self._done, self._dead):
+            if (folder / name).exists():
+                # The thread that wrote it may not have come to this yet, and a duplicate is a promise too.
+                _sync_folder(folder)
+                _log.info("%s: received again from %r", name, origin.calling_ae)
+                return Stored.DUPLICATE
+        with self._writing() as (descriptor, path):
+            with os.fdopen(os.dup(descriptor), "wb") as file:
+                file.write(_file_head(origin))
+                file.write(data)
+            os.fsync(descriptor)
+            path.rename(self._ready / name)
+        _sync_folder(self._ready)
+        _log.info("%s: received %d bytes from %r", name, len(data), origin.calling_ae)
+        return Stored.NEW
+
+    def pending(self) -> list[str]:
+        """Return the names in ``ready/``, oldest first (time of receipt, then name)."""
+        found = []
+        with os.scandir(self._ready) as entries:
+            for entry in entries:
+                with contextlib.suppress(FileNotFoundError):
+                    if entry.name.endswith(".dcm"):
+                        found.append((entry.stat().st_mtime_ns, entry.name))
+        return [name for _, name in sorted(found)]
+
+    def path(self, name: str) -> Path:
+        """Return where a pending instance lies."""
+        return self._ready / name
+
+    def read(self, name: str) -> SpooledInstance:
+        """Read a pending instance's identifiers, without its pixels.
+
+        Raises
+        ------
+        CxrRayError
+            When the file is no DICOM Part 10 file or names no study, series or instance.
+        OSError
+            When it is not in ``ready/`` any more, or the disk fails.
+        """
+        path = self._ready / name
+        received = datetime.fromtimestamp(path.stat().st_mtime, UTC)
+        try:
+            data_set = dcmread(path, stop_before_pixels=True, specific_tags=_IDENTIFIERS)
+            meta = data_set.file_meta
+            instance = SpooledInstance(
+                path=path,
+                name=name,
+                content_digest=name.removesuffix(".dcm").rpartition("-")[2],
+                sop_class_uid=_plain(meta, "MediaStorageSOPClassUID") or "",
+                sop_instance_uid=_plain(meta, "MediaStorageSOPInstanceUID") or "",
+                study_instance_uid=_plain(data_set, "StudyInstanceUID") or "",
+                series_instance_uid=_plain(data_set, "SeriesInstanceUID") or "",
+                patient_id=_decoded(data_set, "PatientID"),
+                accession_number=_decoded(data_set, "AccessionNumber"),
+                study_date=_plain(data_set, "StudyDate"),
+                calling_ae=_plain(meta, "SourceApplicationEntityTitle"),
+                received_at=received,
+            )
+        except OSError:
+            raise
+        # A peer chose these bytes, and a parser has no closed list of ways to fail on them.
+        except Exception as error:
+            raise CxrRayError(f"{name}: not readable as DICOM ({type(error).__name__}); send the instance again") from error
+        for field in ("sop_instance_uid", "study_instance_uid", "series_instance_uid"):
+            if not 1 <= len(getattr(instance, field)) <= _LONGEST_UID:
+                raise CxrRayError(f"{name}: {field} is empty or longer than {_LONGEST_UID} characters; mend the sender")
+        return instance
+
+    def done(self, name: str) -> None:
+        """Move an answered instance from ``ready/`` to ``done/``; does nothing when it is there already."""
+        if self._move(name, self._ready, self._done):
+            os.utime(self._done / name)
+        with contextlib.suppress(FileNotFoundError):
+            self._sidecar(name).unlink()
+
+    def dead(self, name: str, *, reason: str, status: int | None, attempts: int, instance: SpooledInstance | None) -> None:
+        """Give a pending instance up: reason first, durably, then the move to ``dead/``."""
+        letter = {
+            "reason": reason,
+            "status": status,
+            "when": datetime.now(UTC).isoformat(),
+            "attempts": attempts,
+            "sop_instance_uid": instance.sop_instance_uid if instance else None,
+            "study_instance_uid": instance.study_instance_uid if instance else None,
+        }
+        with self._writing() as (descriptor, path):
+            with os.fdopen(os.dup(descriptor), "w", encoding="utf-8") as file:
+                json.dump(letter, file)
+            os.fsync(descriptor)
+            path.rename(self._sidecar(name))
+        _sync_folder(self._dead)
+        self._move(name, self._ready, self._dead)
+
+    def dead_letters(self) -> list[DeadLetter]:
+        """Return what was given up, oldest decision first."""
+        letters = [self._letter(path.name) for path in self._dead.glob("*.dcm")]
+        return sorted(letters, key=lambda letter: (letter.when, letter.name))
+
+    def replay(self, name: str) -> None:
+        """Queue a dead letter again and forget its reason.
+
+        Raises
+        ------
+        CxrRayError
+            When there is no such dead letter.
+        """
+        # The name comes from a command line: it has to be one of ours, and never a path.
+        if name not in {path.name for path in self._dead.glob("*.dcm")} or not self._move(name, self._dead, self._ready):
+            raise CxrRayError(f"dead letter {name!r} is not in {self._dead}; list the names with `deadletter list`")
+        self._sidecar(name).unlink(missing_ok=True)
+        _sync_folder(self._dead)
+
+    def has_room(self, min_free_bytes: int) -> bool:
+        """Tell whether the spool's file system has `min_free_bytes` left."""
+        return shutil.disk_usage(self.root).free >= min_free_bytes
+
+    def sweep(self, keep_done_seconds: float, keep_done_count: int | None = None) -> int:
+        """Remove answered instances that are older than wanted or more than wanted; return how many.
+
+        Parameters
+        ----------
+        keep_done_seconds : float
+            Seconds since the answer. ``inf`` keeps all.
+        keep_done_count : int, optional
+            The newest that stay, whatever their age allows; ``None`` sets no limit.
+        """
+        newest_first = sorted(
+            ((path.stat().st_mtime, path) for path in self._done.glob("*.dcm")), key=lambda aged: aged[0], reverse=True
+        )
+        oldest_kept = time.time() - keep_done_seconds
+        removed = 0
+        for rank, (answered, path) in enumerate(newest_first):
+            if answered < oldest_kept or (keep_done_count is not None and rank >= keep_done_count):
+                path.unlink(missing_ok=True)
+                removed += 1
+        return removed
+
+    def _move(self, name: str, source: Path, target: Path) -> bool:
+        moved = True
+        try:
+            (source / name).rename(target / name)
+        except FileNotFoundError:
+            # Moved before a crash, perhaps: then only the trace on disk is missing.
+            moved = False
+        # The new entry first: a crash between the two leaves two names, never none.
+        _sync_folder(target)
+        _sync_folder(source)
+        return moved
+
+    def _sidecar(self, name: str) -> Path:
+        return self._dead / f"{name}.json"
+
+    def _letter(self, name: str) -> DeadLetter:
+        try:
+            known = json.loads(self._sidecar(name).read_text(encoding="utf-8"))
+            return DeadLetter(name, **{**known, "when": datetime.fromisoformat(known["when"])})
+        except (OSError, ValueError, KeyError, TypeError):
+            return DeadLetter(name, "the reason was lost", None, datetime.fromtimestamp(0, UTC), 0, None, None)
+
+    @contextlib.contextmanager
+    def _writing(self) -> Iterator[tuple[int, Path]]:
+        # The lock says that the writer lives: another process that opens the spool removes only what nobody holds.
+        while True:
+            path = self._incoming / uuid.uuid4().hex
+            descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
+            fcntl.flock(descriptor, fcntl.LOCK_EX)
+            if os.fstat(descriptor).st_nlink:
+                break
+            os.close(descriptor)
+        try:
+            yield descriptor, path
+        finally:
+            path.unlink(missing_ok=True)
+            os.close(descriptor)
+
+    def _remove_leftovers(self) -> None:
+        for path in self._incoming.iterdir():
+            with contextlib.suppress(FileNotFoundError, BlockingIOError):
+                descriptor = os.open(path, os.O_RDWR | os.O_CLOEXEC)
+                try:
+                    fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                    path.unlink()
+                finally:
+                    os.close(descriptor)
+
+
+def name_of(sop_instance_uid: str, content_sha256: str) -> str:
+    """Return the spool's name of an instance: digest of its UID, digest of its data set."""
+    return f"{hashlib.sha256(sop_instance_uid.encode()).hexdigest()[:32]}-{content_sha256[:16]}.dcm"
+
+
+def _file_head(origin: Origin) -> bytes:
+    meta = FileMetaDataset()
+    title = "".join(letter for letter in origin.calling_ae if " " <= letter <= "~" and letter != "\\").strip()[:16]
+    for keyword, representation, value in (
+        ("FileMetaInformationVersion", "OB", b"\x00\x01"),
+        ("MediaStorageSOPClassUID", "UI", origin.sop_class_uid),
+        ("MediaStorageSOPInstanceUID", "UI", origin.sop_instance_uid),
+        ("TransferSyntaxUID", "UI", origin.transfer_syntax_uid),
+        ("ImplementationClassUID", "UI", IMPLEMENTATION_CLASS_UID),
+        ("ImplementationVersionName", "SH", IMPLEMENTATION_VERSION_NAME),
+        ("SourceApplicationEntityTitle", "AE", title),
+    ):
+        # Unvalidated: real archives hold UIDs with leading zeros, and a warning would print them.
+        if value:
+            meta.add(DataElement(keyword, representation, value, validation_mode=pydicom.config.IGNORE))
+    head = BytesIO(b"\x00" * 128 + b"DICM")
+    head.seek(0, os.SEEK_END)
+    write_file_meta_info(head, meta, enforce_standard=True)
+    return head.getvalue()
+
+
+def _plain(data_set: Dataset, keyword: str) -> str | None:
+    # Raw bytes: pydicom's conversion warns about odd values and quotes them.
+    if keyword not in data_set:
+        return None
+    value = data_set.get_item(keyword).value
+    text = value.decode("ascii", "replace") if isinstance(value, bytes) else str(value or "")
+    return text.replace("\x00", "").strip() or None
+
+
+def _decoded(data_set: Dataset, keyword: str) -> str | None:
+    return str(data_set.get(keyword) or "").replace("\x00", "").strip() or None
+
+
+def _make_durably(folder: Path) -> None:
+    if not folder.is_dir():
+        if folder.parent != folder:
+            _make_durably(folder.parent)
+        folder.mkdir(mode=0o700, exist_ok=True)
+        _sync_folder(folder.parent)
+
+
+def _sync_folder(folder: Path) -> None:
+    descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
