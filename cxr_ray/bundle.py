@@ -82,11 +82,13 @@ def write_bundle(uri: str, model: nn.Module, description: BundleDescription) -> 
         update={"files": {WEIGHTS: hashlib.sha256(weights).hexdigest(), CARD: hashlib.sha256(card).hexdigest()}}
     )
     described = described.model_copy(update={"digest": described.computed_digest()})
-    content = described.model_dump_json(indent=2).encode()
+    content = _content(described)
     filesystem, root = storage.resolve(uri)
     # Object stores cannot rename folders: there the description, written last, is what makes the bundle exist.
     local = isinstance(filesystem, fs.LocalFileSystem)
     target = f"{root}.partial" if local else root
+    if local and storage.exists(filesystem, target):
+        filesystem.delete_dir(target)
     filesystem.create_dir(target, recursive=True)
     for name, data in ((WEIGHTS, weights), (CARD, card), (DESCRIPTION, content)):
         storage.write_atomically(filesystem, f"{target}/{name}", data)
@@ -95,6 +97,10 @@ def write_bundle(uri: str, model: nn.Module, description: BundleDescription) -> 
             filesystem.delete_dir(root)
         filesystem.move(target, root)
     return described
+
+
+def _content(description: BundleDescription) -> bytes:
+    return description.model_dump_json(indent=2).encode()
 
 
 def read_description(uri: str) -> BundleDescription:
@@ -113,12 +119,14 @@ def _read_verified(uri: str) -> tuple[BundleDescription, bytes]:
     path = f"{root}/{DESCRIPTION}"
     if not storage.exists(filesystem, path):
         raise CxrRayError(f"{uri}: holds no {DESCRIPTION}; give the bundle folder that 'cxr-ray train' wrote")
+    content = storage.read_bytes(filesystem, path)
     try:
-        description = BundleDescription.model_validate_json(storage.read_bytes(filesystem, path))
+        description = BundleDescription.model_validate_json(content)
     except (ValidationError, UnicodeDecodeError) as error:
         reason = error.errors()[0]["msg"] if isinstance(error, ValidationError) else str(error)
         raise CxrRayError(f"{path}: damaged ({' '.join(reason.split())}); copy the bundle again") from None
-    if description.computed_digest() != description.digest:
+    # The bytes too: a changed byte may leave the meaning, as 't' for 'T' in a time does.
+    if description.computed_digest() != description.digest or content != _content(description):
         raise CxrRayError(f"{path}: was altered (its SHA-256 is not the one it states); copy the bundle again")
     contents = {name: storage.read_bytes(filesystem, f"{root}/{name}") for name in description.files}
     for name, digest in description.files.items():

@@ -36,6 +36,9 @@ def _train(
     warmup: Annotated[float | None, typer.Option(help="Share of the run in which the rate rises [0.1].")] = None,
     augment: Annotated[float | None, typer.Option(help="Strength of augmentation; 0 turns it off [1].")] = None,
     precision: Annotated[str | None, typer.Option(help="bf16 or float32 [bf16].")] = None,
+    select: Annotated[
+        str | None, typer.Option(help="Checkpoint that becomes the bundle: best (by validation AUC) or last [best].")
+    ] = None,
     seed: Annotated[int | None, typer.Option(help="Seed of weights, order and augmentation [0].")] = None,
     shuffle_buffer: Annotated[int | None, typer.Option(help="Images among which the next is drawn [2048].")] = None,
     max_failures: Annotated[int | None, typer.Option(help="Lost workers to survive [3].")] = None,

@@ -303,7 +303,8 @@ def _reason(error: Exception) -> str:
 def _write_best(
     result: ray.train.Result, settings: TrainSettings, dataset: Dataset, statistics: ClinicalStatistics, size: int
 ) -> BundleDescription:
-    checkpoint, _ = max(result.best_checkpoints, key=lambda pair: pair[1]["val_auc"])
+    by = "val_auc" if settings.select == "best" else "epoch"
+    checkpoint, _ = max(result.best_checkpoints, key=lambda pair: pair[1][by])
     model = presets.build(settings.preset, encoding=settings.encoding)
     with checkpoint.as_directory() as folder:
         model.load_state_dict(torch.load(Path(folder) / _STATE, map_location="cpu", weights_only=True)["model"])
@@ -385,6 +386,10 @@ def _train_epoch(step: TrainingStep, task: _Task, epoch: int, device: torch.devi
 
 def _validate(model: nn.Module, task: _Task, rank: int, world: int, device: torch.device) -> tuple[np.ndarray, np.ndarray]:
     """Probabilities and labels of the whole validation split, gathered on every worker."""
+    if world > 1:
+        # Each worker's batch statistics are its own since the last step; the checkpoint will hold the first worker's.
+        for buffer in model.buffers():
+            torch.distributed.broadcast(buffer, src=0)
     dataset = Dataset(task.settings.data)
     scores = [np.zeros((0, len(FINDINGS)), dtype=np.float32)]
     labels = [np.zeros((0, len(FINDINGS)), dtype=np.float32)]

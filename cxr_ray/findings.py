@@ -58,7 +58,7 @@ CODES: dict[str, Code] = {
     "Edema": Code("19242006", "SCT", "Pulmonary edema"),
     "Emphysema": Code("87433001", "SCT", "Pulmonary emphysema"),
     "Fibrosis": Code("51615001", "SCT", "Fibrosis of lung"),
-    "Pleural_Thickening": Code("pleural-thickening", "99CXRRAY", "Pleural thickening"),
+    "Pleural_Thickening": Code("pleural-thicken", "99CXRRAY", "Pleural thickening"),
     "Hernia": Code("84089009", "SCT", "Hiatal hernia"),
 }
 

@@ -41,6 +41,9 @@ class TrainSettings(Settings):
     warmup: float = Field(0.1, ge=0, lt=1, description="Share of the run in which the learning rate rises; 0 turns it off.")
     augment: float = Field(1.0, ge=0, description="Strength of flips, shifts, turns and contrast; 0 turns augmentation off.")
     precision: Literal["bf16", "float32"] = Field("bf16", description="Arithmetic of forward and backward pass.")
+    select: Literal["best", "last"] = Field(
+        "best", description="Checkpoint that becomes the bundle: best validation AUC, or the last (few validation images)."
+    )
     seed: int = Field(0, ge=0, description="Seed of weights, order and augmentation.")
     shuffle_buffer: int = Field(
         2048, ge=0, description="Images among which the next is drawn; 0 keeps the order of the shards."

@@ -225,7 +225,7 @@ def _line(row: int) -> int:
 
 def _numbers(column: pd.Series, name: str, path: str) -> pd.Series:
     numbers = pd.to_numeric(column.str.strip(), errors="coerce")
-    wrong = numbers.isna() | (numbers != numbers.round())
+    wrong = ~np.isfinite(numbers) | (numbers != numbers.round())
     if wrong.any():
         first = int(wrong.to_numpy().argmax())
         raise CxrRayError(
@@ -282,6 +282,13 @@ def _join_lists(table: pd.DataFrame, filesystem: fs.FileSystem, root: str) -> tu
         raise CxrRayError(f"{root}: {len(both)} images stand in both lists (first: {min(both)}); correct the lists")
     split = dict.fromkeys(lists[TRAIN_VAL_LIST], "train_val") | dict.fromkeys(lists[TEST_LIST], "test")
     joined = table.assign(split=table["image"].map(split))
+    patients = {name: set(joined["patient"][joined["split"] == name]) for name in ("train_val", "test")}
+    shared = patients["train_val"] & patients["test"]
+    if shared:
+        raise CxrRayError(
+            f"{root}: {len(shared)} patients have images in both {TRAIN_VAL_LIST} and {TEST_LIST} (first: {min(shared)}); "
+            "move all images of a patient to one list"
+        )
     return joined, {
         "official_train_val": int((joined["split"] == "train_val").sum()),
         "official_test": int((joined["split"] == "test").sum()),

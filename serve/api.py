@@ -245,7 +245,8 @@ async def _on_http(_request: Request, error: Exception) -> JSONResponse:
 
 
 PROBLEMS: dict[int | str, dict[str, object]] = {
-    status: {"model": ProblemDetails, "description": description, "content": {PROBLEM_TYPE: {}}}
+    # Not as "model", which FastAPI would describe as plain application/json.
+    status: {"description": description, "content": {PROBLEM_TYPE: {"schema": ProblemDetails.model_json_schema()}}}
     for status, description in (
         (400, "malformed request or damaged file"),
         (401, "no token"),

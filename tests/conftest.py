@@ -1,7 +1,11 @@
-"""What several tests share: the real data, and one Ray for the session."""
+"""What several tests share: the real data, real peers, one Ray for the session, and what runs on it."""
 
 import os
-from collections.abc import Iterator
+import secrets
+import shutil
+import socket
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import pytest
@@ -9,6 +13,25 @@ import pytest
 from cxr_ray.ray_session import ray_session
 
 REPOSITORY = Path(__file__).resolve().parent.parent
+SIZE = 64
+# Not PATH: pynetdicom and others install programs of DCMTK's names beside Python.
+_SYSTEM_FOLDERS = "/usr/bin:/usr/sbin"
+
+
+def require_program(name: str) -> Path:
+    """A peer that the system has installed; without it the test is skipped, and fails where CI is to have all of them."""
+    found = shutil.which(name, path=_SYSTEM_FOLDERS)
+    if found is None:
+        reason = f"{name} is in none of {_SYSTEM_FOLDERS}; install it with 'make peers'"
+        if os.environ.get("CI") == "true":
+            pytest.fail(reason)
+        pytest.skip(reason)
+    return Path(found)
+
+
+def peer_environment() -> dict[str, str]:
+    """For DCMTK and Orthanc, which without TCP_NODELAY wait 40 ms with each small PDU."""
+    return {**os.environ, "TCP_NODELAY": "1"}
 
 
 @pytest.fixture(scope="session")
@@ -21,6 +44,115 @@ def real_data() -> Path:
 
 
 @pytest.fixture(scope="session")
+def free_port() -> Callable[[], int]:
+    """A TCP port of the loopback address that nobody uses, another one at each call."""
+    given: set[int] = set()
+
+    def port() -> int:
+        while True:
+            with socket.create_server(("127.0.0.1", 0)) as probe:
+                found = int(probe.getsockname()[1])
+            if found not in given:
+                given.add(found)
+                return found
+
+    return port
+
+
+@pytest.fixture(scope="session")
 def ray_cluster() -> Iterator[None]:
     with ray_session(local_cpus=4):
         yield
+
+
+@pytest.fixture(scope="session")
+def untrained_bundle(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A bundle of random weights for images of 64 pixels: what it answers is nonsense, and always the same nonsense."""
+    import torch
+
+    from cxr_ray import presets
+    from cxr_ray.bundle import describe, write_bundle
+    from cxr_ray.clinical import ClinicalStatistics
+    from cxr_ray.findings import FINDINGS
+
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        model = presets.build("multi-input")
+    with torch.no_grad():
+        # An untrained network answers nearly the same to everything; steeper, it tells one image from another.
+        model.get_submodule("head").weight.mul_(30)
+    description = describe(
+        preset="multi-input",
+        encoding="paper",
+        size=SIZE,
+        statistics=asdict(ClinicalStatistics(48.0, 16.5, 0.56, 0.4, (0.1,) * len(FINDINGS))),
+        thresholds={name: 0.3 + 0.03 * number for number, name in enumerate(FINDINGS)},
+        validation={"auc": 0.5, "epoch": 1, "images": 100},
+        settings={},
+        dataset_digest="0" * 64,
+    )
+    path = tmp_path_factory.mktemp("untrained") / "bundle"
+    write_bundle(str(path), model, description)
+    return path
+
+
+@dataclass(frozen=True)
+class RunningService:
+    """A service that answers; `token` is what it asks for, None where it asks for none."""
+
+    url: str
+    store: str
+    token: str | None = None
+
+
+@pytest.fixture(scope="session")
+def service(
+    ray_cluster: None, untrained_bundle: Path, free_port: Callable[[], int], tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[RunningService]:
+    """One real Serve application for the session, on loopback, with the untrained bundle and SQLite."""
+    from serve.service import ServeSettings, http_service
+
+    store = f"sqlite:///{tmp_path_factory.mktemp('service') / 'results.sqlite'}"
+    with http_service(ServeSettings(bundle=str(untrained_bundle), store=store, port=free_port())) as url:
+        yield RunningService(url, store)
+
+
+@pytest.fixture(scope="module")
+def guarded_service(service: RunningService, untrained_bundle: Path) -> Iterator[RunningService]:
+    """The same service once more, on a route of its own and behind a token."""
+    from ray import serve
+
+    from serve.app import GraphSettings, build_graph
+
+    token = secrets.token_urlsafe(24)
+    graph = build_graph(GraphSettings(bundle=str(untrained_bundle), store=service.store), token)
+    serve.run(graph, name="guarded", route_prefix="/guarded")
+    yield RunningService(f"{service.url}/guarded", service.store, token)
+    serve.delete("guarded")
+
+
+@dataclass(frozen=True)
+class PhantomRun:
+    """A release of phantoms, the dataset made of it, a run on it, and the `TrainEvent`s of that run."""
+
+    release: Path
+    dataset: Path
+    run: Path
+    events: tuple[object, ...]
+
+
+@pytest.fixture(scope="session")
+def phantom_run(ray_cluster: None, tmp_path_factory: pytest.TempPathFactory) -> PhantomRun:
+    """300 made-up patients, drawn, ingested and trained on for six epochs by two workers: two minutes."""
+    from cxr_ray.distributed import TrainEvent, train
+    from cxr_ray.training import TrainSettings
+    from ingest.nih import NihSettings, ingest_nih
+    from ingest.phantom_release import PhantomSettings, make_release
+
+    root = tmp_path_factory.mktemp("phantoms")
+    release, dataset, run = root / "release", root / "dataset", root / "run"
+    make_release(PhantomSettings(out=str(release), patients=300))
+    ingest_nih(NihSettings(release=str(release), out=str(dataset), size=SIZE))
+    events: list[TrainEvent] = []
+    train(TrainSettings(data=str(dataset), out=str(run), workers=2, epochs=6), events.append)
+    return PhantomRun(release, dataset, run, tuple(events))

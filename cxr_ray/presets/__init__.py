@@ -107,6 +107,10 @@ def _load_weights(model: nn.Module, path: Path) -> None:
         raise CxrRayError(f"init {path}: cannot be read ({reason}); give a bundle, a .safetensors or a .pth file") from None
     except Exception as error:  # noqa: BLE001 - torch.load raises pickle's own kinds on foreign files
         raise CxrRayError(f"init {path}: is no weights file ({type(error).__name__}); give a bundle or .safetensors") from None
+    if not isinstance(state, dict):
+        raise CxrRayError(
+            f"init {path}: holds a {type(state).__name__} instead of named weights; give a bundle or .safetensors"
+        )
     own = model.state_dict()
     fitting = {name: tensor for name, tensor in state.items() if name in own and own[name].shape == tensor.shape}
     backbone = [name for name in own if name.startswith("features.")]
