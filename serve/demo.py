@@ -230,7 +230,8 @@ def _draw(out: Path, case: _Case, file: Path, answer: dict[str, dict]) -> None:
     decoded = decode_upload(file.read_bytes(), file.name, bundle.description.size)
     shown = decode_upload(file.read_bytes(), file.name, 256).pixels
     inputs, _ = from_request(decoded.age_years, decoded.sex, decoded.view, None)
-    explained = max(findings.FINDINGS, key=lambda name: answer[name]["probability"] - answer[name]["threshold"])
+    above = [name for name in findings.FINDINGS if answer[name]["positive"]] or list(findings.FINDINGS)
+    explained = max(above, key=lambda name: answer[name]["probability"])
     contribution = occlusion(TorchEngine(bundle), decoded.pixels, inputs, findings.FINDINGS.index(explained))
     picture = study_picture(
         shown,

@@ -117,16 +117,18 @@ def service(
         yield RunningService(url, store)
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="session")
 def guarded_service(service: RunningService, untrained_bundle: Path) -> Iterator[RunningService]:
-    """The same service once more, on a route of its own and behind a token."""
+    """The same decoder and network behind a second door, which asks for a token."""
     from ray import serve
 
-    from serve.app import GraphSettings, build_graph
+    from serve.app import APPLICATION, GraphSettings, Ingress
 
     token = secrets.token_urlsafe(24)
-    graph = build_graph(GraphSettings(bundle=str(untrained_bundle), store=service.store), token)
-    serve.run(graph, name="guarded", route_prefix="/guarded")
+    behind = (serve.get_deployment_handle(name, APPLICATION) for name in ("Decoder", "Network"))
+    settings = GraphSettings(bundle=str(untrained_bundle), store=service.store)
+    door = Ingress.options(ray_actor_options={"num_cpus": 0.1}).bind(*behind, settings, token)
+    serve.run(door, name="guarded", route_prefix="/guarded")
     yield RunningService(f"{service.url}/guarded", service.store, token)
     serve.delete("guarded")
 
