@@ -5,6 +5,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from cxr_ray.dataset import Dataset
 from cxr_ray.progress import ProgressReport
 from cxr_ray.ray_session import ray_session
 from cxr_ray.settings import load_settings
@@ -48,12 +49,15 @@ def _train(
 ) -> None:
     """Train a preset on a dataset with Ray Train; the result is a bundle."""
     flags = {name: value for name, value in locals().items() if name not in ("config", "json")}
-    from cxr_ray.distributed import show_training  # noqa: PLC0415 - takes seconds, --help need not wait
-    from cxr_ray.distributed import train as train_preset  # noqa: PLC0415
-    from cxr_ray.training import TrainSettings  # noqa: PLC0415
+    from cxr_ray.training import TrainSettings  # noqa: PLC0415 - takes seconds, --help need not wait
 
     settings = load_settings(TrainSettings, config, flags)
     print_settings("train", settings)
+    # Before Ray is started, which takes a while, and only then looks.
+    Dataset(settings.data).require_pixels()
+    from cxr_ray.distributed import show_training  # noqa: PLC0415
+    from cxr_ray.distributed import train as train_preset  # noqa: PLC0415
+
     with ray_session(), ProgressReport("train", 0, "images") as progress:
         description = train_preset(settings, lambda event: show_training(event, progress, settings.epochs))
     bundle_uri = f"{settings.out.rstrip('/')}/bundle"
@@ -92,6 +96,7 @@ def _evaluate(
 
     settings = load_settings(EvaluateSettings, config, flags)
     print_settings("evaluate", settings)
+    Dataset(settings.data).require_pixels()
     with ray_session():
         evaluation = evaluate_bundle(settings)
     if json:

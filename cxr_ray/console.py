@@ -42,17 +42,26 @@ def main() -> None:
 
 
 def _call(name: str, arguments: list[str]) -> None:
+    import typer  # noqa: PLC0415
+
     from cxr_ray.errors import CxrRayError, UsageError  # noqa: PLC0415
 
+    # The base of all complaints about options and arguments, under whichever name this Typer keeps its Click.
+    bad_usage: type[Exception] = typer.BadParameter.__mro__[1]
     module, function = COMMANDS[name][0].split(":")
     app = getattr(importlib.import_module(module), function)
     try:
-        app(args=arguments, prog_name=f"cxr-ray {name}")
+        raise SystemExit(app(args=arguments, prog_name=f"cxr-ray {name}", standalone_mode=False))
+    except bad_usage as error:
+        if not arguments:
+            sys.stderr.write(f"{error}\n")
+            raise SystemExit(2) from None
+        _fail(f"{error.format_message()} ('cxr-ray {name} --help' lists the options)", 2)  # type: ignore[attr-defined]
     except UsageError as error:
         _fail(str(error), 2)
     except CxrRayError as error:
         _fail(str(error), 1)
-    except KeyboardInterrupt:
+    except (KeyboardInterrupt, typer.Abort):
         _fail("interrupted", 130)
 
 

@@ -21,7 +21,7 @@ class ProgressReport:
         self._note = ""
         self._known_rate: float | None = None
         self._started = self._printed = time.monotonic()
-        self._console = Console(stderr=True)
+        self._console = Console(stderr=True, markup=False)
         self._bar: Progress | None = None
         self._bar_task = TaskID(0)
         if self._console.is_terminal:

@@ -11,8 +11,8 @@ from rich.table import Table
 
 from cxr_ray.settings import Settings, as_yaml
 
-# Long paths in a log must not be broken at 80 columns.
-console = Console(soft_wrap=True, highlight=False)
+# Long paths in a log must not be broken at 80 columns, and names in brackets are no markup.
+console = Console(soft_wrap=True, highlight=False, markup=False)
 
 
 def command_group(help_text: str) -> typer.Typer:

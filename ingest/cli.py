@@ -130,6 +130,6 @@ def _print_manifest(out: str, manifest: Manifest, *, as_json: bool) -> None:
     console.print(shown)
     console.print("; ".join(f"{name.replace('_', ' ')} {count:,}" for name, count in manifest.counts.items()))
     for entry in manifest.quarantined[:5]:
-        console.print(f"left out: {entry.reason}", markup=False)
+        console.print(f"left out: {entry.reason}")
     if len(manifest.quarantined) > 5:
         console.print(f"left out: {len(manifest.quarantined) - 5} more, listed in {out}/manifest.json")

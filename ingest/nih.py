@@ -205,7 +205,7 @@ def _read_table(content: bytes, path: str) -> tuple[pd.DataFrame, np.ndarray]:
         raise CxrRayError(f"{path}: has no rows; download it again")
     table = pd.DataFrame(
         {
-            "image": named["image"],
+            "image": named["image"].str.strip(),
             "patient": _numbers(named["patient"], "Patient ID", path),
             "follow_up": _numbers(named["follow_up"], "Follow-up #", path),
             "age": _ages(_numbers(named["age"], "Patient Age", path)),

@@ -82,7 +82,9 @@ def _serve(
         node=node or None,
     )
     from cxr_ray.ray_session import ray_session  # noqa: PLC0415 - takes seconds, --help need not wait
-    from serve.service import ServeSettings, dicom_node, http_service, read_token  # noqa: PLC0415
+    from serve.node.node import dicom_node  # noqa: PLC0415
+    from serve.service import ServeSettings, http_service  # noqa: PLC0415
+    from serve.token import read_token  # noqa: PLC0415
 
     settings = load_settings(ServeSettings, config, flags)
     print_settings("serve", settings)
@@ -116,7 +118,8 @@ def _listen(
     config: Config = None,
 ) -> None:
     """Receive studies by C-STORE, send them to a running service, keep the results."""
-    from serve.service import ListenSettings, dicom_node, read_token  # noqa: PLC0415
+    from serve.node.node import ListenSettings, dicom_node  # noqa: PLC0415 - --help need not wait
+    from serve.token import read_token  # noqa: PLC0415
 
     flags = _given(
         store=store,

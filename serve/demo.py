@@ -39,7 +39,8 @@ from ingest.nih import NihSettings, ingest_nih
 from ingest.phantom_release import DICOM, IMAGES, TABLE, TEST_PATIENT, TRUTH, PhantomSettings, make_release
 from serve.app import decode_upload
 from serve.node.listener import ListenerSettings
-from serve.service import NodeSettings, ServeSettings, dicom_node, http_service
+from serve.node.node import NodeSettings, dicom_node
+from serve.service import ServeSettings, http_service
 
 _MARK = ".cxr-ray-demo"
 _SIZE = 64
@@ -103,7 +104,7 @@ def run_demo(settings: DemoSettings, wait: Callable[[], None]) -> None:
             port=settings.http_port,
             node=NodeSettings(spool=out / "spool", listener=ListenerSettings(port=settings.dicom_port)),
         )
-        console.print("\n[bold]6/6  Serve, and send a study by C-STORE[/bold]")
+        console.print("\n6/6  Serve, and send a study by C-STORE", style="bold")
         with http_service(service) as url, dicom_node(service.node, service.store, service_url=url, token=None):
             _send_and_show(settings, url)
             _say_next(settings, url)
@@ -121,10 +122,10 @@ def _claim(out: Path) -> None:
 
 @contextmanager
 def _step(number: int, title: str) -> Iterator[None]:
-    console.print(f"\n[bold]{number}/6  {title}[/bold]")
+    console.print(f"\n{number}/6  {title}", style="bold")
     started = time.monotonic()
     yield
-    console.print(f"[dim]{time.monotonic() - started:.0f} s[/dim]")
+    console.print(f"{time.monotonic() - started:.0f} s", style="dim")
 
 
 def _train(settings: DemoSettings, data: str, out: Path, *, encoding: str) -> None:

@@ -1,34 +1,20 @@
-"""A running service: the Serve application, and on the same machine the DICOM node, started and stopped together."""
+"""A running service: the Serve application with its HTTP door, started, checked and stopped."""
 
 import ipaddress
 import logging
-import os
 import secrets
 import socket
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from pathlib import Path
 
-from pydantic import Field, SecretStr
+from pydantic import Field
 
 from cxr_ray.errors import CxrRayError, UsageError
-from cxr_ray.settings import Settings
 from serve.app import APPLICATION, GraphSettings, build_graph
-from serve.node.dispatch import Dispatcher, DispatchSettings
-from serve.node.listener import Listener, ListenerSettings
-from serve.node.spool import Spool
+from serve.node.node import NodeSettings
 from serve.store import Store
-
-TOKEN_VARIABLE = "CXR_RAY_TOKEN"  # noqa: S105 - the name of the variable, not a token
-_KEEP_DONE_SECONDS = 7 * 24 * 3600.0
-
-
-class NodeSettings(Settings):
-    """Settings of the DICOM node: where it listens and where it keeps what it accepted."""
-
-    spool: Path = Field(Path("cxr-ray-spool"), description="Folder of accepted instances, on a local disk.")
-    listener: ListenerSettings = Field(default_factory=ListenerSettings, description="Whom and what to accept.")
-    dispatch: DispatchSettings = Field(default_factory=DispatchSettings, description="The service to ask.")
+from serve.token import TOKEN_VARIABLE, read_token
 
 
 class ServeSettings(GraphSettings):
@@ -39,32 +25,6 @@ class ServeSettings(GraphSettings):
     token_file: Path | None = Field(None, description=f"File with the bearer token; else the variable {TOKEN_VARIABLE}.")
     with_node: bool = Field(default=False, description="Also run the DICOM node on this machine.")
     node: NodeSettings = Field(default_factory=NodeSettings, description="The DICOM node's settings.")
-
-
-class ListenSettings(NodeSettings):
-    """Settings of `cxr-ray listen`: the node of a service that runs elsewhere."""
-
-    store: str = Field("sqlite:///cxr-ray-results.sqlite", description="SQLAlchemy URL of the results store.")
-    token_file: Path | None = Field(None, description=f"File with the service's token; else the variable {TOKEN_VARIABLE}.")
-
-
-def read_token(token_file: Path | None) -> str | None:
-    """The bearer token from a file, else from the environment; None if there is none.
-
-    Raises
-    ------
-    CxrRayError
-        If the file cannot be read or is empty.
-    """
-    if token_file is None:
-        return os.environ.get(TOKEN_VARIABLE) or None
-    try:
-        token = token_file.read_text(encoding="utf-8").strip()
-    except (OSError, UnicodeDecodeError) as error:
-        raise CxrRayError(f"--token-file {token_file}: cannot be read ({error}); write the token into it") from None
-    if not token:
-        raise CxrRayError(f"--token-file {token_file}: is empty; write the token into it")
-    return token
 
 
 def is_loopback(host: str) -> bool:
@@ -116,26 +76,3 @@ def _check_port(host: str, port: int) -> None:
             raise CxrRayError(
                 f"{host}:{port} cannot be listened on ({error.strerror}); choose another --host or --port"
             ) from None
-
-
-@contextmanager
-def dicom_node(settings: NodeSettings, store_url: str, *, service_url: str | None, token: str | None) -> Iterator[Listener]:
-    """Run listener and dispatcher in this process.
-
-    Parameters
-    ----------
-    service_url
-        Overrides the URL of `settings.dispatch`; None keeps it.
-    """
-    given = settings.dispatch.model_dump(exclude={"token"})
-    given |= {"service_url": service_url} if service_url else {}
-    secret = token or (settings.dispatch.token.get_secret_value() if settings.dispatch.token else None)
-    with ExitStack() as stack:
-        spool = Spool(settings.spool)
-        spool.sweep(_KEEP_DONE_SECONDS)
-        store = Store(store_url)
-        stack.callback(store.close)
-        dispatcher = stack.enter_context(
-            Dispatcher(DispatchSettings(**given, token=SecretStr(secret) if secret else None), spool, store)
-        )
-        yield stack.enter_context(Listener(settings.listener, spool, dispatcher.notify))

@@ -70,17 +70,22 @@ def untrained_bundle(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A bundle of random weights for images of 64 pixels: what it answers is nonsense, and always the same nonsense."""
     import torch
 
-    from cxr_ray import presets
+    from cxr_ray import presets, vision
     from cxr_ray.bundle import describe, write_bundle
-    from cxr_ray.clinical import ClinicalStatistics
+    from cxr_ray.clinical import PAPER_WIDTH, ClinicalStatistics
     from cxr_ray.findings import FINDINGS
+    from ingest.phantom import simulate_patients
+    from ingest.phantom_drawing import draw
 
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
-        model = presets.build("multi-input")
+        model = presets.build("multi-input").eval()
+    film = draw(simulate_patients(1, 0)[0], SIZE)
+    head = model.get_submodule("head")
     with torch.no_grad():
-        # An untrained network answers nearly the same to everything; steeper, it tells one image from another.
-        model.get_submodule("head").weight.mul_(30)
+        # An untrained network answers nearly the same to everything; made steep around one film, it tells images apart.
+        head.weight.mul_(30)
+        head.bias.sub_(model(vision.as_input(torch.from_numpy(film)[None]), torch.zeros(1, PAPER_WIDTH))[0])
     description = describe(
         preset="multi-input",
         encoding="paper",
@@ -146,7 +151,8 @@ class PhantomRun:
 @pytest.fixture(scope="session")
 def phantom_run(ray_cluster: None, tmp_path_factory: pytest.TempPathFactory) -> PhantomRun:
     """300 made-up patients, drawn, ingested and trained on for six epochs by two workers: two minutes."""
-    from cxr_ray.distributed import TrainEvent, train
+    from cxr_ray.distributed import train
+    from cxr_ray.train_events import TrainEvent
     from cxr_ray.training import TrainSettings
     from ingest.nih import NihSettings, ingest_nih
     from ingest.phantom_release import PhantomSettings, make_release

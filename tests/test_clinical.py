@@ -5,7 +5,7 @@ from dataclasses import asdict, replace
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from cxr_ray.clinical import (
@@ -53,6 +53,7 @@ def test_unknown_takes_the_training_mean():
 
 
 @given(st.sets(st.sampled_from(["age", "sex", "view", "history"])))
+@settings(deadline=None)
 def test_missing_names_what_is_unknown_and_only_that_is_imputed(unknown):
     known = {"age_years": 63.0, "sex": "M", "view": "AP", "history": ["Mass", "Hernia"]}
     argument_of = {"age": "age_years"}

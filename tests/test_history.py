@@ -54,6 +54,7 @@ def naive(patients, order, labels):
 
 
 @given(TABLES)
+@settings(deadline=None)
 def test_equals_the_definition(rows):
     patients, order, labels = arrays(rows)
     history = earlier_history(patients, order, labels)
@@ -67,7 +68,7 @@ def test_equals_the_definition(rows):
 
 
 @given(TABLES.filter(bool), st.data())
-@settings(max_examples=200)
+@settings(max_examples=200, deadline=None)
 def test_labels_of_a_visit_and_later_change_no_feature_of_it(rows, data):
     patients, order, labels = arrays(rows)
     before = earlier_history(patients, order, labels)
@@ -83,6 +84,7 @@ def test_labels_of_a_visit_and_later_change_no_feature_of_it(rows, data):
 
 
 @given(TABLES, st.randoms(use_true_random=False))
+@settings(deadline=None)
 def test_row_order_does_not_matter(rows, random):
     places = list(range(len(rows)))
     random.shuffle(places)

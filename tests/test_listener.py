@@ -18,6 +18,7 @@ from pathlib import Path
 
 import pydicom
 import pytest
+from conftest import peer_environment, require_program
 from pydicom.uid import ExplicitVRLittleEndian, ImplicitVRLittleEndian, generate_uid
 from pynetdicom import AE
 
@@ -35,7 +36,7 @@ from serve.node.listener import (
 )
 from serve.node.spool import Spool
 
-STORESCU, ECHOSCU = Path("/usr/bin/storescu"), Path("/usr/bin/echoscu")
+STORESCU, ECHOSCU = "storescu", "echoscu"
 CR = STORAGE_CLASSES[0]
 # What `storescu` has to propose for a file of this syntax.
 PROPOSALS = {
@@ -70,12 +71,9 @@ def listen(spool: Spool):
 
 
 @pytest.fixture(scope="session")
-def dicom_files() -> list[Path]:
-    folder = os.environ.get("CXR_RAY_DICOM")
-    if not folder:
-        pytest.skip("CXR_RAY_DICOM does not name a folder of real DICOM files")
-    found = sorted(Path(folder).glob("*.dcm"))
-    assert found, f"no DICOM files in {folder}"
+def dicom_files(real_data: Path) -> list[Path]:
+    found = sorted((real_data / "dicom").glob("*.dcm"))
+    assert found, f"no DICOM files in {real_data / 'dicom'}"
     return found
 
 
@@ -104,21 +102,13 @@ def small(tmp_path: Path):
     return write
 
 
-def _skip_or_fail(reason: str) -> None:
-    if os.environ.get("CI") == "true":
-        pytest.fail(reason)
-    pytest.skip(reason)
-
-
-def run(program: Path, listener: Listener, *arguments: object, called: str = "CXRRAY") -> subprocess.CompletedProcess:
-    if not program.exists():
-        _skip_or_fail(f"{program} is absent; install DCMTK")
-    command = [program, "-v", "-aet", "TESTPACS", "-aec", called]
+def run(program: str, listener: Listener, *arguments: object, called: str = "CXRRAY") -> subprocess.CompletedProcess:
+    command = [require_program(program), "-v", "-aet", "TESTPACS", "-aec", called]
     options = [str(argument) for argument in arguments if str(argument).startswith("-")]
     paths = [str(argument) for argument in arguments if not str(argument).startswith("-")]
     return subprocess.run(
         [*command, *options, "127.0.0.1", str(listener.port), *paths],
-        env={**os.environ, "TCP_NODELAY": "1"},
+        env=peer_environment(),
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,

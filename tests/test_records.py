@@ -4,12 +4,13 @@ import hashlib
 import json
 import subprocess
 import sys
+from itertools import pairwise
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from cxr_ray.records import clinical_inputs, fixed_lists, from_fixed_lists, pixel_array, record_schema
@@ -108,6 +109,7 @@ def test_what_identifies_a_row_is_not_nullable():
 
 
 @given(TABLES)
+@settings(deadline=None)
 def test_fixed_lists_keep_nulls_through_slices_and_chunks(drawn):
     """However a column is cut and joined, each row is what was packed, and NaN where it was unknown."""
     rows, known, cuts = drawn
@@ -118,7 +120,7 @@ def test_fixed_lists_keep_nulls_through_slices_and_chunks(drawn):
     np.testing.assert_array_equal(from_fixed_lists(packed), expected)
 
     edges = [0, *sorted(cuts), len(values)]
-    chunks = [packed.slice(start, stop - start) for start, stop in zip(edges, edges[1:], strict=False)]
+    chunks = [packed.slice(start, stop - start) for start, stop in pairwise(edges)]
     column = pa.chunked_array(chunks, type=packed.type)
     np.testing.assert_array_equal(from_fixed_lists(column), expected)
     for start, chunk in zip(edges, chunks, strict=False):

@@ -138,7 +138,7 @@ def test_probabilities_are_those_of_the_engine(post: Post, bundle: Bundle, kind:
 @pytest.mark.parametrize("visit", PAIR, ids=["MONOCHROME2", "MONOCHROME1"])
 def test_one_picture_as_png_and_as_dicom_is_answered_alike(post: Post, visit: PhantomVisit) -> None:
     as_png = probabilities(post(encoded(film(visit)), **stated(visit)))
-    assert probabilities(post(dicom(visit))) == pytest.approx(as_png, abs=1e-6)
+    assert probabilities(post(dicom(visit))) == pytest.approx(as_png, abs=1e-4)
 
 
 @pytest.mark.ray

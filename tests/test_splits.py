@@ -4,7 +4,7 @@ from collections import Counter
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from cxr_ray.errors import CxrRayError
@@ -14,6 +14,7 @@ PATIENTS = st.lists(st.integers(0, 8), min_size=2, max_size=40).map(np.array)
 
 
 @given(PATIENTS, st.floats(0.01, 0.99), st.integers(0, 5))
+@settings(deadline=None)
 def test_validation_holds_whole_patients_and_about_the_fraction(patients, fraction, seed):
     chosen = carve_validation(patients, fraction, seed)
     assert chosen.shape == patients.shape
@@ -67,6 +68,7 @@ def test_keys_land_where_they_always_did():
 
 
 @given(st.lists(st.text(max_size=6), min_size=1, max_size=20), st.lists(st.text(max_size=6), max_size=20))
+@settings(deadline=None)
 def test_a_patients_split_does_not_depend_on_the_others(keys, others):
     alone = split_by_key(np.array(keys, dtype=object), 0.2, 0.3)
     together = split_by_key(np.array(others + keys, dtype=object), 0.2, 0.3)

@@ -103,7 +103,7 @@ def _load_weights(model: nn.Module, path: Path) -> None:
         else:
             state = torch.load(file, map_location="cpu", weights_only=True)
     except (OSError, SafetensorError, RuntimeError, ValueError, EOFError, KeyError) as error:
-        reason = str(error).splitlines()[0]
+        reason = next(iter(str(error).splitlines()), type(error).__name__)
         raise CxrRayError(f"init {path}: cannot be read ({reason}); give a bundle, a .safetensors or a .pth file") from None
     except Exception as error:  # noqa: BLE001 - torch.load raises pickle's own kinds on foreign files
         raise CxrRayError(f"init {path}: is no weights file ({type(error).__name__}); give a bundle or .safetensors") from None

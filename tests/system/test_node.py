@@ -1,5 +1,6 @@
 """The DICOM node as `cxr-ray listen` runs it, between real peers: DCMTK and Orthanc before it, the real service behind it."""
 
+import hashlib
 import json
 import os
 import signal
@@ -26,7 +27,8 @@ from serve.app import decode_upload
 
 pytestmark = [pytest.mark.system, pytest.mark.ray]
 
-AGE_SECONDS = 60
+PATIENCE_SECONDS = 60.0
+FOLDERS = ("ready", "done", "dead")
 # What `storescu` has to propose for a file of this syntax.
 PROPOSALS = {
     "1.2.840.10008.1.2.4.50": "-xy",
@@ -37,7 +39,7 @@ PROPOSALS = {
 VISITS = simulate_patients(12, 2)
 
 
-def until(condition: Callable[[], object], what: str, seconds: float = AGE_SECONDS) -> None:
+def until(condition: Callable[[], object], what: str, seconds: float = PATIENCE_SECONDS) -> None:
     deadline = time.monotonic() + seconds
     while not condition():
         assert time.monotonic() < deadline, f"not within {seconds:.0f} s: {what}"
@@ -84,8 +86,14 @@ class Node:
     def said(self) -> str:
         return self.log.read_text()
 
-    def holds(self, folder: str) -> list[Path]:
-        return sorted((self.spool / folder).glob("*.dcm"))
+    def find(self, file: Path) -> list[Path]:
+        """Where in the spool a sent file lies: at one place, or it was never accepted."""
+        uid = hashlib.sha256(sop_uid(file).encode()).hexdigest()[:32]
+        return [path for folder in FOLDERS for path in (self.spool / folder).glob(f"{uid}-*.dcm")]
+
+    def folder_of(self, file: Path) -> str | None:
+        found = self.find(file)
+        return found[0].parent.name if len(found) == 1 else None
 
 
 @pytest.fixture
@@ -94,10 +102,13 @@ def node(tmp_path: Path) -> Iterator[Node]:
         yield Node(tmp_path, stack)
 
 
-@pytest.fixture
-def running_node(node: Node, service: RunningService) -> Node:
-    node.start(service.url, service.store)
-    return node
+@pytest.fixture(scope="module")
+def running_node(service: RunningService, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Node]:
+    """One node for the tests that leave it as it is."""
+    with ExitStack() as stack:
+        node = Node(tmp_path_factory.mktemp("node"), stack)
+        node.start(service.url, service.store)
+        yield node
 
 
 @pytest.fixture
@@ -134,6 +145,10 @@ def study_uid(file: Path) -> str:
     return str(pydicom.dcmread(file, stop_before_pixels=True).StudyInstanceUID)
 
 
+def sop_uid(file: Path) -> str:
+    return str(pydicom.dcmread(file, stop_before_pixels=True).SOPInstanceUID)
+
+
 def instance_of(service: RunningService, file: Path) -> dict:
     """The one instance of the file's study, once the service knows it."""
     url = f"{service.url}/v1/studies/{study_uid(file)}"
@@ -168,24 +183,23 @@ def test_real_studies_are_answered_and_an_extremity_is_refused(
         assert instance["clinical"] == {"age": age, "sex": sex, "view": "PA", "history": None, "missing": ["history"]}
         same = httpx.post(f"{service.url}/v1/predict", files={"image": files[name].read_bytes()}, timeout=60, trust_env=False)
         posted = [finding["probability"] for finding in same.json()["findings"]]
-        assert [finding["probability"] for finding in instance["findings"]] == pytest.approx(posted, abs=1e-6)
+        assert [finding["probability"] for finding in instance["findings"]] == pytest.approx(posted, abs=1e-4)
 
-    refused = instance_of(service, files["extremity_cr_jpeg-ls-lossless_mono1_10bit"])
+    extremity = files["extremity_cr_jpeg-ls-lossless_mono1_10bit"]
+    refused = instance_of(service, extremity)
     assert (refused["status"], refused["findings"]) == ("refused", [])
     assert "BodyPartExamined is EXTREMITY" in refused["reason"]
+    until(lambda: running_node.folder_of(extremity) == "dead", "the dead letter")
     listing = [sys.executable, "-m", "cxr_ray", "deadletter", "list", "--json", "--spool", str(running_node.spool)]
-    until(lambda: running_node.holds("dead"), "the dead letter")
-    (letter,) = json.loads(subprocess.run(listing, capture_output=True, timeout=60, check=True).stdout)
-    assert letter["status"] == 422
-    assert letter["reason"] == refused["reason"]
-    assert letter["sop_instance_uid"] == refused["sop_instance_uid"]
-    until(lambda: len(running_node.holds("done")) == 2, "the answered files' move")
-    assert running_node.holds("ready") == []
+    letters = json.loads(subprocess.run(listing, capture_output=True, timeout=60, check=True).stdout)
+    (letter,) = (letter for letter in letters if letter["sop_instance_uid"] == refused["sop_instance_uid"])
+    assert (letter["status"], letter["reason"]) == (422, refused["reason"])
 
-    (inverted,) = (
-        path for path in running_node.holds("done") if pydicom.dcmread(path).PhotometricInterpretation == "MONOCHROME1"
-    )
-    square = decode_upload(inverted.read_bytes(), inverted.name, 64).pixels.astype(np.float32)
+    inverted = files["chest_cr_jpeg2000-lossless_mono1_15bit"]
+    until(lambda: all(running_node.folder_of(files[name]) == "done" for name in chests), "the answered files' move")
+    (kept,) = running_node.find(inverted)
+    assert pydicom.dcmread(kept).PhotometricInterpretation == "MONOCHROME1"
+    square = decode_upload(kept.read_bytes(), kept.name, 64).pixels.astype(np.float32)
     air, lungs, mediastinum = square[:3, :3], square[14:30, 12:22], square[20:40, 29:35]
     assert air.mean() < lungs.mean() < mediastinum.mean() - 30
 
@@ -193,62 +207,47 @@ def test_real_studies_are_answered_and_an_extremity_is_refused(
 def test_ct_is_refused_at_the_association_and_by_its_modality(
     running_node: Node, service: RunningService, phantom: Callable[..., Path]
 ) -> None:
-    proper = send(running_node, phantom(SOPClassUID=CTImageStorage, Modality="CT"))
-    assert proper.returncode != 0
-    assert "No Acceptable Presentation Contexts" in proper.stdout
-    assert [path for folder in ("ready", "done", "dead") for path in running_node.holds(folder)] == []
+    proper = phantom(SOPClassUID=CTImageStorage, Modality="CT")
+    refused = send(running_node, proper)
+    assert refused.returncode != 0
+    assert "No valid Presentation Context ID" in refused.stdout
+    assert running_node.find(proper) == []
     # As archives send screenshots of a CT.
     captured = phantom(SOPClassUID=SecondaryCaptureImageStorage, Modality="CT")
     assert send(running_node, captured).returncode == 0
-    refused = instance_of(service, captured)
-    assert refused["status"] == "refused"
-    assert "Modality is CT" in refused["reason"]
+    instance = instance_of(service, captured)
+    assert instance["status"] == "refused"
+    assert "Modality is CT" in instance["reason"]
 
 
 def test_killed_between_promise_and_answer_is_answered_once(
     node: Node, service: RunningService, phantom: Callable[..., Path], free_port: Callable[[], int]
 ) -> None:
-    file = phantom()
+    file = phantom(PatientName="Doe^Jane", PatientID="P77")
     killed = node.start(f"http://127.0.0.1:{free_port()}", service.store)
     assert send(node, file).returncode == 0
     killed.send_signal(signal.SIGKILL)
     killed.wait()
-    assert len(node.holds("ready")) == 1
+    assert node.folder_of(file) == "ready"
     assert result_rows(service, file) == 0
 
-    stopped = node.start(service.url, service.store)
+    process = node.start(service.url, service.store)
     answered = instance_of(service, file)
     assert_answered(answered)
-    until(lambda: len(node.holds("done")) == 1, "the answered file's move")
+    until(lambda: node.folder_of(file) == "done", "the answered file's move")
     assert send(node, file, file).returncode == 0
     assert send(node, file).returncode == 0
-    stopped.send_signal(signal.SIGTERM)
-    assert stopped.wait(timeout=30) == 0, node.said()
-
-    # Nothing is left to do for a third start either.
-    node.start(service.url, service.store)
-    assert send(node, file).returncode == 0
+    # Longer than the pause between two looks at the spool.
     time.sleep(1)
-    assert node.holds("ready") == []
-    assert (len(node.holds("done")), result_rows(service, file)) == (1, 1)
+    assert (node.folder_of(file), result_rows(service, file)) == ("done", 1)
     assert instance_of(service, file) == answered
 
-
-def test_stops_cleanly_on_sigterm_and_says_nothing_of_patients(
-    running_node: Node, node: Node, service: RunningService, phantom: Callable[..., Path]
-) -> None:
-    stopped = node.start(service.url, service.store)
-    file = phantom(PatientName="Doe^Jane", PatientID="P77")
-    assert send(node, file).returncode == 0
-    instance_of(service, file)
-    stopped.send_signal(signal.SIGTERM)
-    assert stopped.wait(timeout=30) == 0, node.said()
+    process.send_signal(signal.SIGTERM)
+    assert process.wait(timeout=30) == 0, node.said()
     assert "stopping" in node.said()
-    assert "Traceback" not in node.said()
-    for secret in ("Doe", "Jane", "P77"):
-        assert secret not in node.said()
-    refused = send(node, file)
-    assert refused.returncode != 0
+    for unwanted in ("Traceback", "Doe", "Jane", "P77"):
+        assert unwanted not in node.said()
+    assert send(node, file).returncode != 0
 
 
 def test_wrong_token_keeps_everything_in_the_spool(
@@ -260,14 +259,14 @@ def test_wrong_token_keeps_everything_in_the_spool(
     locked_out = node.start(guarded_service.url, guarded_service.store, "--token-file", str(tmp_path / "wrong"))
     assert send(node, file).returncode == 0
     until(lambda: "the service answers 403" in node.said(), "the refusal")
-    assert [len(node.holds(folder)) for folder in ("ready", "done", "dead")] == [1, 0, 0]
-    assert result_rows(guarded_service, file) == 0
+    assert (node.folder_of(file), result_rows(guarded_service, file)) == ("ready", 0)
     locked_out.send_signal(signal.SIGTERM)
     assert locked_out.wait(timeout=30) == 0
     assert "not the token" not in node.said()
 
     node.start(guarded_service.url, guarded_service.store, "--token-file", str(tmp_path / "right"))
-    until(lambda: result_rows(guarded_service, file) == 1, "the answer")
+    until(lambda: node.folder_of(file) == "done", "the answer")
+    assert result_rows(guarded_service, file) == 1
 
 
 @pytest.fixture
@@ -327,5 +326,4 @@ def test_orthanc_routes_a_study_and_its_result_appears(
     again = orthanc.post("/modalities/node/store", json={"Resources": [uploaded.json()["ParentStudy"]]})
     assert again.json()["FailedInstancesCount"] == 0
     time.sleep(1)
-    assert result_rows(service, file) == 1
-    assert running_node.holds("ready") == []
+    assert (running_node.folder_of(file), result_rows(service, file)) == ("done", 1)

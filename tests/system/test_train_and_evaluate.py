@@ -1,0 +1,151 @@
+"""Training and evaluation as a whole: on phantoms, where the truth is known, and on real images."""
+
+import json
+import math
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import ray
+from conftest import PhantomRun
+
+from cxr_ray.bundle import load_bundle
+from cxr_ray.dataset import Dataset
+from cxr_ray.distributed import BUNDLE, train
+from cxr_ray.errors import CxrRayError
+from cxr_ray.evaluation import EvaluateSettings, Evaluation, evaluate
+from cxr_ray.findings import FINDINGS
+from cxr_ray.training import TrainSettings
+from ingest.nih import NihSettings, ingest_nih
+
+pytestmark = [pytest.mark.system, pytest.mark.ray, pytest.mark.timeout(600)]
+
+EPOCHS = 6
+
+
+def settings(phantoms: PhantomRun, **changed: object) -> TrainSettings:
+    """What `phantom_run` was trained with."""
+    same = dict(data=str(phantoms.dataset), out=str(phantoms.run), workers=2, epochs=EPOCHS)
+    return TrainSettings.model_validate({**same, **changed})
+
+
+@pytest.fixture(scope="module")
+def evaluation(phantom_run: PhantomRun, tmp_path_factory: pytest.TempPathFactory) -> Evaluation:
+    out = tmp_path_factory.mktemp("evaluation") / "new"
+    return evaluate(EvaluateSettings(bundle=str(phantom_run.run / BUNDLE), data=str(phantom_run.dataset), out=str(out)))
+
+
+def test_network_learns_what_phantoms_show(evaluation: Evaluation, phantom_run: PhantomRun) -> None:
+    scores = evaluation.scores
+    split = Dataset(str(phantom_run.dataset)).split("test")
+    assert (scores.images, scores.patients) == (split.images, split.patients)
+    assert scores.mean.low <= scores.mean.value <= scores.mean.high
+    assert scores.mean.value >= 0.80
+    assert scores.mean.low > 0.5
+
+
+def test_clinical_inputs_are_worth_something(evaluation: Evaluation) -> None:
+    without = evaluate(evaluation.settings.model_copy(update={"withhold": "clinical", "out": None}))
+    assert without.scores.images == evaluation.scores.images
+    assert without.scores.mean.value < evaluation.scores.mean.value
+
+
+def test_evaluation_is_written_for_machines_and_for_people(evaluation: Evaluation, phantom_run: PhantomRun) -> None:
+    out = Path(evaluation.settings.out)
+    assert {path.name for path in out.iterdir()} == {"evaluation.json", "roc.png"}
+    assert (out / "roc.png").read_bytes().startswith(b"\x89PNG")
+    written = json.loads((out / "evaluation.json").read_text())
+    assert written == evaluation.to_json()
+    assert written["trained_on_this_dataset"] is True
+    assert (written["split"], written["withheld"], written["images"]) == ("test", "nothing", evaluation.scores.images)
+    assert list(written["findings"]) == list(FINDINGS)
+    for finding in written["findings"].values():
+        assert finding["positives"] == 0 or finding["low"] <= finding["auc"] <= finding["high"]
+    assert written["bundle"]["digest"] == load_bundle(str(phantom_run.run / BUNDLE)).description.digest
+
+
+def test_bundle_verifies_and_validation_was_complete(phantom_run: PhantomRun) -> None:
+    description = load_bundle(str(phantom_run.run / BUNDLE)).description
+    dataset = Dataset(str(phantom_run.dataset))
+    assert description.validation["images"] == dataset.split("val").images
+    assert description.dataset_digest == dataset.digest
+    assert (description.preset, description.size, description.settings["epochs"]) == ("multi-input", 64, EPOCHS)
+    assert list(description.thresholds) == list(FINDINGS)
+    assert all(0 <= threshold <= 1 for threshold in description.thresholds.values())
+
+
+def test_events_tell_the_course_of_training(phantom_run: PhantomRun) -> None:
+    images = Dataset(str(phantom_run.dataset)).split("train").images
+    events = phantom_run.events
+    assert events[0].kind == "start"
+    assert [event.kind for event in events].count("start") == 1
+    assert len(set(events[0].pids)) == 2
+    assert all(event.images_total == EPOCHS * images for event in events)
+    epochs = [event for event in events if event.kind == "epoch"]
+    assert [event.epoch for event in epochs] == list(range(1, EPOCHS + 1))
+    assert [event.images for event in epochs] == [epoch * images for epoch in range(1, EPOCHS + 1)]
+    assert all(math.isfinite(event.loss) and 0 < event.auc <= 1 for event in epochs)
+    assert epochs[-1].loss < epochs[0].loss
+    counted = [event.images for event in events]
+    assert counted == sorted(counted)
+    best = load_bundle(str(phantom_run.run / BUNDLE)).description.validation
+    assert best["auc"] == pytest.approx(max(event.auc for event in epochs))
+    assert epochs[best["epoch"] - 1].auc == pytest.approx(best["auc"])
+
+
+def test_resuming_a_finished_run_trains_no_more(phantom_run: PhantomRun) -> None:
+    before = load_bundle(str(phantom_run.run / BUNDLE)).description
+    events = []
+    after = train(settings(phantom_run, resume=True), events.append)
+    assert [event.kind for event in events if event.kind != "start"] == []
+    assert after.validation == before.validation
+    assert after.files["model.safetensors"] == before.files["model.safetensors"]
+    assert load_bundle(str(phantom_run.run / BUNDLE)).description.digest == after.digest
+
+
+@pytest.mark.parametrize(
+    ("changed", "said"),
+    [
+        ({}, r"--out .*: holds a run already; choose another folder or go on with --resume"),
+        ({"resume": True, "epochs": 7}, r"--resume: setting 'epochs' is 7, the run in .* has 6; give the same"),
+        ({"resume": True, "encoding": "none"}, r"--resume: setting 'encoding' is 'none', the run in .* has 'paper'"),
+        ({"resume": True, "out": "nowhere"}, r"--out .*nowhere: holds no run to resume; leave out --resume"),
+        ({"out": "new", "workers": 40}, r"setting 'workers' is 40 .* the cluster has 4 .*; lower workers"),
+        ({"out": "new", "data": "nowhere"}, r"nowhere: holds no manifest\.json; make a dataset"),
+    ],
+)
+def test_runs_that_cannot_be_are_refused_in_one_line(
+    phantom_run: PhantomRun, tmp_path: Path, changed: dict[str, object], said: str
+) -> None:
+    elsewhere = {name: str(tmp_path / changed[name]) for name in ("out", "data") if name in changed}
+    with pytest.raises(CxrRayError, match=said) as refused:
+        train(settings(phantom_run, **{**changed, **elsewhere}), lambda _: None)
+    assert "\n" not in str(refused.value)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_real_release_is_ingested_trained_on_and_evaluated(ray_cluster: None, real_data: Path, tmp_path: Path) -> None:
+    data, run = str(tmp_path / "dataset"), str(tmp_path / "run")
+    manifest = ingest_nih(NihSettings(release=str(real_data / "nih"), out=data, size=64))
+    images = {name: split.images for name, split in manifest.splits.items()}
+    assert (images["train"] + images["val"], images["test"]) == (690, 219)
+    assert (manifest.counts["rows"], manifest.counts["present"], manifest.quarantined) == (112_120, 909, [])
+    description = train(TrainSettings(data=data, out=run, workers=2, epochs=1), lambda _: None)
+    assert (description.validation["images"], description.validation["epoch"]) == (images["val"], 1)
+
+    # As a process of its own, which joins the cluster that is there.
+    command = [sys.executable, "-m", "cxr_ray", "evaluate", "--bundle", f"{run}/{BUNDLE}", "--data", data]
+    environment = {**os.environ, "RAY_ADDRESS": ray.get_runtime_context().gcs_address}
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "multi-input on test: 219 images of" in done.stdout
+    interval = r"[01]\.\d{3} \([01]\.\d{3}-[01]\.\d{3}\)"
+    assert re.search(rf"^ *mean +{interval}", done.stdout, re.MULTILINE), done.stdout
+    # A dash where the part of the test split that is here holds no positive.
+    for name in FINDINGS:
+        assert re.search(rf"^ *{name.replace('_', ' ')} +\d+ +({interval}|-)", done.stdout, re.MULTILINE), done.stdout
+    # The published figures are of the whole test split.
+    assert "published" not in done.stdout
