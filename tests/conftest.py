@@ -14,8 +14,18 @@ from cxr_ray.ray_session import ray_session
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 SIZE = 64
+PHANTOM_EPOCHS = 4
 # Not PATH: pynetdicom and others install programs of DCMTK's names beside Python.
 _SYSTEM_FOLDERS = "/usr/bin:/usr/sbin"
+
+
+_FIRST = ("test_cluster_training", "test_train_and_evaluate")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Training goes first: the service that later tests share would take CPU from it until the end of the session."""
+    ranks = {name: rank for rank, name in enumerate(_FIRST)}
+    items.sort(key=lambda item: ranks.get(item.path.stem, len(ranks)))
 
 
 def require_program(name: str) -> Path:
@@ -150,7 +160,7 @@ class PhantomRun:
 
 @pytest.fixture(scope="session")
 def phantom_run(ray_cluster: None, tmp_path_factory: pytest.TempPathFactory) -> PhantomRun:
-    """300 made-up patients, drawn, ingested and trained on for six epochs by two workers: two minutes."""
+    """300 made-up patients, drawn, ingested and trained on for a few epochs by two workers: two minutes."""
     from cxr_ray.distributed import train
     from cxr_ray.train_events import TrainEvent
     from cxr_ray.training import TrainSettings
@@ -162,5 +172,5 @@ def phantom_run(ray_cluster: None, tmp_path_factory: pytest.TempPathFactory) -> 
     make_release(PhantomSettings(out=str(release), patients=300))
     ingest_nih(NihSettings(release=str(release), out=str(dataset), size=SIZE))
     events: list[TrainEvent] = []
-    train(TrainSettings(data=str(dataset), out=str(run), workers=2, epochs=6), events.append)
+    train(TrainSettings(data=str(dataset), out=str(run), workers=2, epochs=PHANTOM_EPOCHS), events.append)
     return PhantomRun(release, dataset, run, tuple(events))

@@ -23,7 +23,7 @@ pytestmark = [pytest.mark.system, pytest.mark.timeout(420)]
 
 RAY = [sys.executable, "-m", "ray.scripts.scripts"]
 OBJECT_STORE = ["--object-store-memory", "300000000", "--disable-usage-stats"]
-EPOCHS = 4
+EPOCHS = 3
 
 
 @dataclass(frozen=True)

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 import ray
-from conftest import PhantomRun
+from conftest import PHANTOM_EPOCHS, PhantomRun
 
 from cxr_ray.bundle import load_bundle
 from cxr_ray.dataset import Dataset
@@ -23,7 +23,7 @@ from ingest.nih import NihSettings, ingest_nih
 
 pytestmark = [pytest.mark.system, pytest.mark.ray, pytest.mark.timeout(600)]
 
-EPOCHS = 6
+EPOCHS = PHANTOM_EPOCHS
 
 
 def settings(phantoms: PhantomRun, **changed: object) -> TrainSettings:
@@ -110,7 +110,10 @@ def test_resuming_a_finished_run_trains_no_more(phantom_run: PhantomRun) -> None
     ("changed", "said"),
     [
         ({}, r"--out .*: holds a run already; choose another folder or go on with --resume"),
-        ({"resume": True, "epochs": 7}, r"--resume: setting 'epochs' is 7, the run in .* has 6; give the same"),
+        (
+            {"resume": True, "epochs": EPOCHS + 1},
+            rf"--resume: setting 'epochs' is {EPOCHS + 1}, the run in .* has {EPOCHS}; give the same",
+        ),
         ({"resume": True, "encoding": "none"}, r"--resume: setting 'encoding' is 'none', the run in .* has 'paper'"),
         ({"resume": True, "out": "nowhere"}, r"--out .*nowhere: holds no run to resume; leave out --resume"),
         ({"out": "new", "workers": 40}, r"setting 'workers' is 40 .* the cluster has 4 .*; lower workers"),
