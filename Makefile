@@ -22,10 +22,10 @@ $(STAMP): pyproject.toml constraints.txt
 	$(BIN)/python -m pip install -qq --disable-pip-version-check -c constraints.txt -e ".[dev]"
 	@touch $(STAMP)
 
-# Where they cannot be installed, the tests that need them are skipped with the reason; with CI=true they fail.
+# RUNLEVEL=1 keeps Debian from starting Orthanc as a service. Where they cannot be installed, the tests that need them are skipped with the reason; with CI=true they fail.
 peers:
 	@if [ "$$(id -u)" = 0 ] && command -v apt-get >/dev/null && ! dpkg -s $(PEERS) >/dev/null 2>&1; then \
-		apt-get update -qq && DEBIAN_FRONTEND=noninteractive apt-get install -y -qq --no-install-recommends $(PEERS) >/dev/null; \
+		apt-get update -qq && DEBIAN_FRONTEND=noninteractive RUNLEVEL=1 apt-get install -y -qq --no-install-recommends $(PEERS) >/dev/null; \
 	fi || echo "the test peers ($(PEERS)) could not be installed"
 
 demo: install

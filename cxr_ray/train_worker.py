@@ -98,7 +98,7 @@ def _train_epoch(step: TrainingStep, task: WorkerTask, epoch: int, device: torch
     batches = ray.train.get_dataset_shard("train").iter_torch_batches(
         batch_size=per_worker,
         # A last batch of a single image has no batch statistics.
-        drop_last=steps > 0 and task.train_images // world >= per_worker,
+        drop_last=task.train_images // world >= per_worker,
         collate_fn=_Collate(task.statistics),
         local_shuffle_buffer_size=min(settings.shuffle_buffer, task.train_images // world) or None,
         local_shuffle_seed=settings.seed + epoch,

@@ -57,7 +57,7 @@ def make_release(settings: PhantomSettings) -> int:
     """
     import ray.data  # noqa: PLC0415 - takes a second that other commands need not pay
 
-    root = Path(settings.out)
+    root = Path(settings.out).resolve()
     _claim(root)
     visits = simulate_patients(settings.patients, settings.seed)
     pieces = [visits[start : start + _FILMS_PER_TASK] for start in range(0, len(visits), _FILMS_PER_TASK)]

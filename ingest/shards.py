@@ -122,7 +122,8 @@ def write_dataset(records: pa.Table, uri: str, source: Source, *, size: int | No
     if records.num_rows == 0:
         raise CxrRayError(f"no image to ingest ({source.counts}); check the folder of the images")
     filesystem, root = storage.resolve(uri)
-    plan = _ShardPlan(uri, f"shards-{secrets.token_hex(4)}", size, source.filesystem, source.decode, source.root)
+    run = f"shards-{secrets.token_hex(4)}"
+    plan = _ShardPlan(storage.absolute(uri), run, size, source.filesystem, source.decode, source.root)
     try:
         written = _run(records, plan, source, max_quarantined)
     except BaseException:

@@ -6,11 +6,12 @@ only its own request.
 """
 
 import asyncio
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Annotated, Literal
+from typing import Annotated, Literal, TypeVar
 
 import numpy as np
-from fastapi import File, Form, Path, Query, Request, UploadFile
+from fastapi import File, Form, Path, Query, UploadFile
 from pydantic import Field
 from ray import serve
 from ray.serve import Application
@@ -46,6 +47,7 @@ from serve.store import Store
 
 APPLICATION = "cxr-ray"
 _RETRY_SECONDS = "2"
+Found = TypeVar("Found")
 
 
 class GraphSettings(Settings):
@@ -216,21 +218,21 @@ class Ingress:
     ) -> StudyPage:
         """One page of the results store."""
         authorise(self._token, credentials)
-        views = await self._from_store(self._store.studies, limit, offset)
+        views = await self._from_store(lambda store: store.studies(limit, offset))
         return StudyPage(studies=[study_answer(view) for view in views], limit=limit, offset=offset)
 
     @api.get("/v1/studies/{study_uid}", responses=PROBLEMS | {404: PROBLEMS[400]}, summary="One study")
     async def study(self, credentials: Credentials, study_uid: Annotated[str, Path(max_length=64)]) -> StudyAnswer:
         """A study with the answer to each of its instances."""
         authorise(self._token, credentials)
-        view = await self._from_store(self._store.study, study_uid)
+        view = await self._from_store(lambda store: store.study(study_uid))
         if view is None:
             raise ApiProblem(404, f"study {study_uid[:64]!r} is not known here; it may not have been received or answered yet")
         return study_answer(view)
 
-    async def _from_store(self, question, *arguments):  # type: ignore[no-untyped-def]  # noqa: ANN001, ANN002, ANN202
+    async def _from_store(self, question: Callable[[Store], Found]) -> Found:
         try:
-            return await asyncio.to_thread(question, *arguments)
+            return await asyncio.to_thread(question, self._store)
         except CxrRayError as error:
             raise ApiProblem(503, str(error), {"Retry-After": _RETRY_SECONDS}) from None
 
@@ -240,11 +242,10 @@ class Ingress:
         return {"status": "ok"}
 
     @api.get("/readyz", responses={503: PROBLEMS[503]}, summary="Whether the service can answer")
-    async def readyz(self, request: Request) -> dict[str, str]:
+    async def readyz(self) -> dict[str, str]:
         """Answers once the network is loaded and warm and the store can be read."""
-        del request
         identity, _ = await self._describe()
-        await self._from_store(self._store.studies, 1, 0)
+        await self._from_store(lambda store: store.studies(limit=1))
         return {"status": "ready", "model": identity.digest}
 
 

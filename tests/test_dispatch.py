@@ -25,6 +25,7 @@ from pathlib import Path
 import pydicom
 import pytest
 import uvicorn
+from conftest import peer_environment, require_program
 from fastapi import FastAPI, Request, Response
 from fastapi.responses import JSONResponse
 from pydicom.dataset import Dataset, FileMetaDataset
@@ -36,7 +37,6 @@ from serve.node.spool import Origin, Spool
 from serve.store import Store
 
 ROOT = Path(__file__).resolve().parents[1]
-STORESCU = Path("/usr/bin/storescu")
 CR = "1.2.840.10008.5.1.4.1.1.1"
 GOOD = {
     "model": {"name": "multi-input", "version": "1.0", "digest": "m1"},
@@ -434,9 +434,7 @@ with Dispatcher(settings, Spool(Path(sys.argv[1])), Store(sys.argv[2])):
 def test_killed_between_promise_and_answer_is_answered_once(
     dispatch, service: Service, spool: Spool, store: Store, tmp_path: Path
 ) -> None:
-    if not STORESCU.exists():
-        reason = f"{STORESCU} is absent; install DCMTK"
-        pytest.fail(reason) if os.environ.get("CI") == "true" else pytest.skip(reason)
+    storescu = require_program("storescu")
     paths = []
     for _ in range(5):
         content = Dataset()
@@ -448,8 +446,8 @@ def test_killed_between_promise_and_answer_is_answered_once(
         content.save_as(paths[-1], enforce_file_format=True)
     listener = subprocess.Popen([sys.executable, "-c", LISTENER, spool.root], stdout=subprocess.PIPE, text=True, cwd=ROOT)
     port = listener.stdout.readline().strip()
-    command = [STORESCU, "-aec", "CXRRAY", "127.0.0.1", port, *paths]
-    subprocess.run(command, env={**os.environ, "TCP_NODELAY": "1"}, check=True, timeout=30)
+    command = [storescu, "-aec", "CXRRAY", "127.0.0.1", port, *paths]
+    subprocess.run(command, env=peer_environment(), check=True, timeout=30)
     listener.send_signal(signal.SIGKILL)
     listener.wait()
     dispatch()

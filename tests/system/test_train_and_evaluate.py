@@ -4,6 +4,7 @@ import json
 import math
 import os
 import re
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -18,6 +19,7 @@ from cxr_ray.distributed import BUNDLE, train
 from cxr_ray.errors import CxrRayError
 from cxr_ray.evaluation import EvaluateSettings, Evaluation, evaluate
 from cxr_ray.findings import FINDINGS
+from cxr_ray.train_events import TrainEvent
 from cxr_ray.training import TrainSettings
 from ingest.nih import NihSettings, ingest_nih
 
@@ -130,18 +132,33 @@ def test_runs_that_cannot_be_are_refused_in_one_line(
     assert list(tmp_path.iterdir()) == []
 
 
-def test_real_release_is_ingested_trained_on_and_evaluated(ray_cluster: None, real_data: Path, tmp_path: Path) -> None:
+def kill_after_first_epoch(command: list[str], environment: dict[str, str]) -> None:
+    """Run a training and end it, with everything that it started itself, when its first epoch is said to be safe."""
+    with subprocess.Popen(command, env=environment, stderr=subprocess.PIPE, text=True, start_new_session=True) as training:
+        try:
+            said = iter(training.stderr.readline, "")
+            assert any(line.startswith("train: epoch 1/") for line in said), training.wait()
+        finally:
+            os.killpg(training.pid, signal.SIGKILL)
+
+
+def test_real_release_is_ingested_trained_on_resumed_and_evaluated(ray_cluster: None, real_data: Path, tmp_path: Path) -> None:
     data, run = str(tmp_path / "dataset"), str(tmp_path / "run")
     manifest = ingest_nih(NihSettings(release=str(real_data / "nih"), out=data, size=64))
     images = {name: split.images for name, split in manifest.splits.items()}
     assert (images["train"] + images["val"], images["test"]) == (690, 219)
     assert (manifest.counts["rows"], manifest.counts["present"], manifest.quarantined) == (112_120, 909, [])
-    description = train(TrainSettings(data=data, out=run, workers=2, epochs=1), lambda _: None)
-    assert (description.validation["images"], description.validation["epoch"]) == (images["val"], 1)
-
-    # As a process of its own, which joins the cluster that is there.
-    command = [sys.executable, "-m", "cxr_ray", "evaluate", "--bundle", f"{run}/{BUNDLE}", "--data", data]
+    # Processes of their own, which join the cluster that is there.
     environment = {**os.environ, "RAY_ADDRESS": ray.get_runtime_context().gcs_address}
+    options = ["--data", data, "--out", run, "--workers", "2", "--epochs", "2"]
+    kill_after_first_epoch([sys.executable, "-m", "cxr_ray", "train", *options], environment)
+    events: list[TrainEvent] = []
+    description = train(TrainSettings(data=data, out=run, workers=2, epochs=2, resume=True), events.append)
+    assert (events[0].kind, events[0].epoch) == ("start", 2)
+    assert [event.epoch for event in events if event.kind == "epoch"] == [2]
+    assert description.validation["images"] == images["val"]
+
+    command = [sys.executable, "-m", "cxr_ray", "evaluate", "--bundle", f"{run}/{BUNDLE}", "--data", data]
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300, check=False)
     assert done.returncode == 0, done.stdout + done.stderr
     assert "multi-input on test: 219 images of" in done.stdout
