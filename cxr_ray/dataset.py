@@ -16,7 +16,6 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 
 from cxr_ray import storage
 from cxr_ray.errors import CxrRayError
-from cxr_ray.records import SPLITS
 
 MANIFEST = "manifest.json"
 
@@ -159,6 +158,3 @@ def read_shard(filesystem: fs.FileSystem, path: str, columns: list[str]) -> pa.T
         return pq.read_table(path, columns=columns, filesystem=filesystem, partitioning=None)
     except (OSError, pa.ArrowException) as error:
         raise CxrRayError(f"{path}: cannot be read ({str(error).splitlines()[0]}); ingest again") from None
-
-
-__all__ = ["MANIFEST", "SPLITS", "Dataset", "Manifest", "Quarantined", "Shard", "Split", "read_shard"]

@@ -21,6 +21,8 @@ class TrainEvent:
         Mean training loss since the last event, at "epoch" that of the whole epoch.
     auc
         Mean validation AUC of the epoch; NaN before "epoch".
+    pids
+        Process of each worker, at "start".
     """
 
     kind: str

@@ -5,8 +5,9 @@ from typing import Annotated
 
 import typer
 
-from cxr_ray.dataset import SPLITS, Manifest
+from cxr_ray.dataset import Manifest
 from cxr_ray.ray_session import ray_session
+from cxr_ray.records import SPLITS
 from cxr_ray.settings import load_settings
 from cxr_ray.terminal import command_group, console, print_json, print_settings, table
 

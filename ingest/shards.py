@@ -18,12 +18,12 @@ from pyarrow import fs
 
 from cxr_ray import __version__, storage
 from cxr_ray.cpus import available_cpus
-from cxr_ray.dataset import MANIFEST, SPLITS, Manifest, Quarantined, Shard, Split
+from cxr_ray.dataset import MANIFEST, Manifest, Quarantined, Shard, Split
 from cxr_ray.errors import CxrRayError
 from cxr_ray.findings import FINDINGS
 from cxr_ray.pixels import PIXEL_RECIPE, Greyscale, ImageError, stored_square
 from cxr_ray.progress import ProgressReport
-from cxr_ray.records import from_fixed_lists, record_schema
+from cxr_ray.records import SPLITS, from_fixed_lists, record_schema
 
 MAX_SHARD_ROWS = 1024
 Decoder = Callable[[bytes, str], Greyscale]

@@ -4,6 +4,7 @@ import os
 import secrets
 import shutil
 import socket
+import subprocess
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -42,6 +43,19 @@ def require_program(name: str) -> Path:
 def peer_environment() -> dict[str, str]:
     """For DCMTK and Orthanc, which without TCP_NODELAY wait 40 ms with each small PDU."""
     return {**os.environ, "TCP_NODELAY": "1"}
+
+
+def run_peer(name: str, *arguments: object, timeout: float = 30) -> subprocess.CompletedProcess[str]:
+    """Run a peer's program to its end; what it says is in `stdout`, complaints included."""
+    return subprocess.run(
+        [require_program(name), *map(str, arguments)],
+        env=peer_environment(),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        timeout=timeout,
+        check=False,
+    )
 
 
 @pytest.fixture(scope="session")

@@ -25,7 +25,7 @@ from pathlib import Path
 import pydicom
 import pytest
 import uvicorn
-from conftest import peer_environment, require_program
+from conftest import require_program, run_peer
 from fastapi import FastAPI, Request, Response
 from fastapi.responses import JSONResponse
 from pydicom.dataset import Dataset, FileMetaDataset
@@ -434,7 +434,7 @@ with Dispatcher(settings, Spool(Path(sys.argv[1])), Store(sys.argv[2])):
 def test_killed_between_promise_and_answer_is_answered_once(
     dispatch, service: Service, spool: Spool, store: Store, tmp_path: Path
 ) -> None:
-    storescu = require_program("storescu")
+    require_program("storescu")
     paths = []
     for _ in range(5):
         content = Dataset()
@@ -446,8 +446,7 @@ def test_killed_between_promise_and_answer_is_answered_once(
         content.save_as(paths[-1], enforce_file_format=True)
     listener = subprocess.Popen([sys.executable, "-c", LISTENER, spool.root], stdout=subprocess.PIPE, text=True, cwd=ROOT)
     port = listener.stdout.readline().strip()
-    command = [storescu, "-aec", "CXRRAY", "127.0.0.1", port, *paths]
-    subprocess.run(command, env=peer_environment(), check=True, timeout=30)
+    run_peer("storescu", "-aec", "CXRRAY", "127.0.0.1", port, *paths).check_returncode()
     listener.send_signal(signal.SIGKILL)
     listener.wait()
     dispatch()

@@ -10,11 +10,10 @@ import pytest
 from pydicom.dataset import Dataset, FileMetaDataset
 from pydicom.uid import ExplicitVRLittleEndian
 
-from cxr_ray.dataset import SPLITS
 from cxr_ray.dataset import Dataset as Shards
 from cxr_ray.errors import CxrRayError, UsageError
 from cxr_ray.findings import FINDINGS, NO_FINDING, names
-from cxr_ray.records import pixel_array
+from cxr_ray.records import SPLITS, pixel_array
 from cxr_ray.settings import load_settings
 from ingest.dicom import PATIENT_KEY_VARIABLE, DicomSettings, decode_file, ingest_dicom, read_label_table
 from ingest.splits import split_by_key

@@ -16,11 +16,11 @@ import pyarrow as pa
 import pytest
 from PIL import Image
 
-from cxr_ray.dataset import MANIFEST, SPLITS, Dataset, Manifest
+from cxr_ray.dataset import MANIFEST, Dataset, Manifest
 from cxr_ray.errors import CxrRayError, UsageError
 from cxr_ray.findings import FINDINGS, names, parse
 from cxr_ray.pixels import decode_picture, stored_square
-from cxr_ray.records import pixel_array
+from cxr_ray.records import SPLITS, pixel_array
 from cxr_ray.settings import load_settings
 from ingest.nih import NihSettings, ingest_nih
 

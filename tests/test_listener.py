@@ -18,7 +18,7 @@ from pathlib import Path
 
 import pydicom
 import pytest
-from conftest import peer_environment, require_program
+from conftest import run_peer
 from pydicom.uid import ExplicitVRLittleEndian, ImplicitVRLittleEndian, generate_uid
 from pynetdicom import AE
 
@@ -103,18 +103,9 @@ def small(tmp_path: Path):
 
 
 def run(program: str, listener: Listener, *arguments: object, called: str = "CXRRAY") -> subprocess.CompletedProcess:
-    command = [require_program(program), "-v", "-aet", "TESTPACS", "-aec", called]
     options = [str(argument) for argument in arguments if str(argument).startswith("-")]
     paths = [str(argument) for argument in arguments if not str(argument).startswith("-")]
-    return subprocess.run(
-        [*command, *options, "127.0.0.1", str(listener.port), *paths],
-        env=peer_environment(),
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-        timeout=30,
-        check=False,
-    )
+    return run_peer(program, "-v", "-aet", "TESTPACS", "-aec", called, *options, "127.0.0.1", listener.port, *paths)
 
 
 def data_set_of(path: Path) -> bytes:

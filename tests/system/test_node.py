@@ -16,7 +16,7 @@ import httpx
 import numpy as np
 import pydicom
 import pytest
-from conftest import RunningService, peer_environment, require_program
+from conftest import RunningService, peer_environment, require_program, run_peer
 from pydicom.uid import CTImageStorage, SecondaryCaptureImageStorage, generate_uid
 
 from cxr_ray.findings import FINDINGS
@@ -129,16 +129,8 @@ def phantom(tmp_path: Path) -> Callable[..., Path]:
 
 def send(node: Node, *files: Path) -> subprocess.CompletedProcess[str]:
     proposal = PROPOSALS[pydicom.dcmread(files[0], stop_before_pixels=True).file_meta.TransferSyntaxUID]
-    command = [require_program("storescu"), "-v", proposal, "-aet", "TESTPACS", "-aec", "CXRRAY", "127.0.0.1", str(node.port)]
-    return subprocess.run(
-        [*command, *files],
-        env=peer_environment(),
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-        timeout=60,
-        check=False,
-    )
+    options = ["-v", proposal, "-aet", "TESTPACS", "-aec", "CXRRAY"]
+    return run_peer("storescu", *options, "127.0.0.1", node.port, *files, timeout=60)
 
 
 def study_uid(file: Path) -> str:
