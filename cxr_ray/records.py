@@ -3,6 +3,8 @@
 Age, sex, view, labels and history are nullable: missing is not zero and not negative. Row order carries no meaning.
 """
 
+from math import isqrt
+
 import numpy as np
 import pyarrow as pa
 
@@ -12,6 +14,9 @@ from cxr_ray.findings import FINDINGS
 SPLITS = ("train", "val", "test")
 _FINDING_COUNT = len(FINDINGS)
 
+_FLAGS = pa.list_(pa.uint8(), _FINDING_COUNT)
+_SHARES = pa.list_(pa.float32(), _FINDING_COUNT)
+
 _METADATA_FIELDS = (
     pa.field("image_id", pa.string(), nullable=False),
     pa.field("patient_key", pa.string(), nullable=False),
@@ -20,10 +25,20 @@ _METADATA_FIELDS = (
     pa.field("sex", pa.string()),
     pa.field("view", pa.string()),
     pa.field("history_count", pa.int32()),
-    pa.field("history_ever", pa.list_(pa.uint8(), _FINDING_COUNT)),
-    pa.field("history_last", pa.list_(pa.uint8(), _FINDING_COUNT)),
-    pa.field("history_fraction", pa.list_(pa.float32(), _FINDING_COUNT)),
-    pa.field("labels", pa.list_(pa.uint8(), _FINDING_COUNT)),
+    pa.field("history_age_gap", pa.float32()),
+    pa.field("history_ever", _FLAGS),
+    pa.field("history_last", _FLAGS),
+    pa.field("history_last_2", _FLAGS),
+    pa.field("history_last_3", _FLAGS),
+    pa.field("history_fraction", _SHARES),
+    pa.field("history_decayed_80", _SHARES),
+    pa.field("history_decayed_50", _SHARES),
+    pa.field("history_no_finding", pa.float32()),
+    pa.field("history_ap", pa.float32()),
+    pa.field("history_last_view", pa.string()),
+    pa.field("history_last_2_view", pa.string()),
+    pa.field("history_last_3_view", pa.string()),
+    pa.field("labels", _FLAGS),
     pa.field("split", pa.string(), nullable=False),
     pa.field("source", pa.string(), nullable=False),
 )
@@ -33,12 +48,25 @@ CLINICAL_COLUMNS = ("age_years", "sex", "view", "history_ever")
 def record_schema(size: int | None) -> pa.Schema:
     """The Arrow schema of a shard.
 
-    ``visit`` is the chronological rank within the patient from 0; ``history_*`` come from strictly earlier visits only:
-    their number, and for each finding whether it was ever seen, whether it was seen last time, and on which fraction
-    of them. ``pixels`` is a canonical Arrow fixed-shape tensor (uint8, size x size) and absent where `size` is None.
+    ``visit`` is the chronological rank within the patient from 0. ``history_*`` come from strictly earlier visits only: their
+    number; the years since the latest; for each finding whether it was ever seen, whether it was seen at the latest, the
+    second and the third latest, on which fraction of them, and the means in which each visit weighs 0.8 and 0.5 of the one
+    after it; the fraction without any finding and the fraction taken AP; and the views of the latest three.
+
+    ``pixels`` holds the stored square row by row, size x size bytes of uint8, and is absent where `size` is None. Plain bytes
+    are read some twenty times as fast from Parquet as a list of numbers, which is what an Arrow tensor is stored as.
     """
-    pixels = [] if size is None else [pa.field("pixels", pa.fixed_shape_tensor(pa.uint8(), (size, size)), nullable=False)]
-    return pa.schema([*_METADATA_FIELDS, *pixels])
+    if size is None:
+        return pa.schema(_METADATA_FIELDS)
+    shape = {"dtype": "uint8", "shape": f"[{size}, {size}]"}
+    return pa.schema([*_METADATA_FIELDS, pa.field("pixels", pa.binary(size * size), nullable=False, metadata=shape)])
+
+
+def pixel_column(squares_NHW: np.ndarray) -> pa.FixedSizeBinaryArray:
+    """Pack stored squares (uint8, shape (N, size, size)) into the ``pixels`` column."""
+    rows, size, _ = squares_NHW.shape
+    data = pa.py_buffer(np.ascontiguousarray(squares_NHW, dtype=np.uint8))
+    return pa.FixedSizeBinaryArray.from_buffers(pa.binary(size * size), rows, [None, data])
 
 
 def fixed_lists(values: np.ndarray, known: np.ndarray | None = None) -> pa.FixedSizeListArray:
@@ -79,6 +107,11 @@ def clinical_inputs(table: pa.Table) -> ClinicalInputs:
 
 
 def pixel_array(column: pa.ChunkedArray) -> np.ndarray:
-    """The pixels of a table as one uint8 array, shape (N, size, size)."""
-    chunks = [chunk.to_numpy_ndarray() for chunk in column.chunks if len(chunk)]
-    return chunks[0] if len(chunks) == 1 else np.concatenate(chunks)
+    """The ``pixels`` of a table as one uint8 array, shape (N, size, size), read-only where no copy was needed."""
+    width = column.type.byte_width
+    size = isqrt(width)
+    chunks = [
+        np.frombuffer(chunk.buffers()[1], dtype=np.uint8, count=len(chunk) * width, offset=chunk.offset * width)
+        for chunk in column.chunks
+    ]
+    return (chunks[0] if len(chunks) == 1 else np.concatenate(chunks)).reshape(-1, size, size)
