@@ -14,6 +14,7 @@ import numpy as np
 from PIL import Image, UnidentifiedImageError
 
 from cxr_ray.errors import CxrRayError
+from cxr_ray.grey_png import decode_grey_png
 
 # The largest flat-panel detectors deliver about 18 megapixels; what is far beyond is a mistake or an attack.
 MAX_MEGAPIXELS = 64
@@ -21,7 +22,7 @@ MAX_MEGAPIXELS = 64
 MAX_MEAN_COLOUR = 8.0
 
 PIXEL_RECIPE = {
-    "version": 1,
+    "version": 2,
     "grey": "ITU-R 601 luma",
     "range": "VOI LUT, else window, else 0..255 of 8 bit, else minimum..maximum",
     "photometric": "air dark (MONOCHROME1 inverted)",
@@ -31,6 +32,11 @@ PIXEL_RECIPE = {
 
 class ImageError(CxrRayError):
     """An image cannot be used; the subclasses say why."""
+
+
+def reason(error: ImageError, name: str) -> str:
+    """What is wrong and what to do, without the name that the error was raised with."""
+    return str(error).removeprefix(f"{name}: ")
 
 
 class UnsupportedImage(ImageError):
@@ -118,6 +124,9 @@ def decode_picture(data: bytes, name: str) -> Greyscale:
     UnsupportedImage, DamagedImage, OversizedImage, UnusableImage
         If the bytes are no PNG or JPEG, are truncated, too large, or a coloured picture.
     """
+    grey = decode_grey_png(data, MAX_MEGAPIXELS * 10**6)
+    if grey is not None:
+        return full_range(grey)
     try:
         picture = Image.open(io.BytesIO(data), formats=("PNG", "JPEG"))
     except UnidentifiedImageError:
@@ -154,16 +163,44 @@ def stored_square(grey: Greyscale, size: int, name: str = "image") -> np.ndarray
         If the image shows a single value only.
     """
     values = grey.values
-    if grey.white <= grey.black or values.min() == values.max():
+    least, most = values.min(), values.max()
+    if grey.white <= grey.black or least == most:
         raise UnusableImage(f"{name}: every pixel has the value {values.flat[0]}; send an exposed radiograph")
-    if values.dtype != np.uint8 or (grey.black, grey.white) != (0.0, 255.0):
-        scaled = (values.astype(np.float32) - np.float32(grey.black)) * np.float32(255 / (grey.white - grey.black))
-        values = np.clip(scaled, 0, 255, out=scaled)
+    shown, white = _clipped(grey, least, most)
     shrinking = values.shape[0] >= size and values.shape[1] >= size
-    square = cv2.resize(values, (size, size), interpolation=cv2.INTER_AREA if shrinking else cv2.INTER_LINEAR)
+    square = cv2.resize(shown, (size, size), interpolation=cv2.INTER_AREA if shrinking else cv2.INTER_LINEAR)
     if square.dtype != np.uint8:
-        square = np.rint(square).astype(np.uint8)
+        scaled = square.astype(np.float32) * np.float32(255 / white)
+        square = np.rint(np.clip(scaled, 0, 255)).astype(np.uint8)
     if square.min() == square.max():
-        shown = f"{grey.black:g} to {grey.white:g}"
-        raise UnusableImage(f"{name}: showing {shown} leaves a single grey ({square.flat[0]}); correct its window")
+        span = f"{grey.black:g} to {grey.white:g}"
+        raise UnusableImage(f"{name}: showing {span} leaves a single grey ({square.flat[0]}); correct its window")
     return square
+
+
+def _clipped(grey: Greyscale, least: float, most: float) -> tuple[np.ndarray, float]:
+    """What lies between black and white, and the value that is white; black is 0.
+
+    Whole numbers stay whole, which OpenCV averages at half the cost; spread over 16 bits, their rounding is no part of a grey.
+    """
+    values, black, white = grey.values, float(grey.black), float(grey.white)
+    if values.dtype == np.uint8 and (black, white) == (0.0, 255.0):
+        return values, 255.0
+    width = white - black
+    if values.dtype in (np.uint16, np.int16) and width < 2**16 and width.is_integer() and _fits(values.dtype, black, white):
+        # A difference of 16 bits is right whatever wraps round.
+        start = np.uint16(int(black) % 2**16)
+        if black <= least and most <= white:
+            cells = values.view(np.uint16) - start
+        else:
+            cells = np.clip(values, int(black), int(white)).view(np.uint16)
+            cells -= start
+        spare = 16 - int(width).bit_length()
+        return np.left_shift(cells, spare, out=cells), float(int(width) << spare)
+    scaled = (values.astype(np.float32) - np.float32(black)) * np.float32(255 / width)
+    return np.clip(scaled, 0, 255, out=scaled), 255.0
+
+
+def _fits(dtype: np.dtype, black: float, white: float) -> bool:
+    limits = np.iinfo(dtype)
+    return black.is_integer() and limits.min <= black and white <= limits.max
