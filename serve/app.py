@@ -22,7 +22,8 @@ from cxr_ray import storage
 from cxr_ray.bundle import load_bundle
 from cxr_ray.clinical import ClinicalInputs, from_request
 from cxr_ray.cpus import available_cpus
-from cxr_ray.dicom_image import decode_dicom, looks_like_dicom, radiograph_header, read_dicom
+from cxr_ray.dicom_header import looks_like_dicom, radiograph_header, read_dicom
+from cxr_ray.dicom_pixels import decode_dicom
 from cxr_ray.engines import TorchEngine
 from cxr_ray.errors import CxrRayError
 from cxr_ray.pixels import ImageError, decode_picture, stored_square
