@@ -1,76 +1,135 @@
-"""The NIH ChestX-ray14 release: its table, its official lists and its folders of images, joined into records.
+"""The NIH ChestX-ray14 release: its table, the lists of its splits and its images, joined into records.
 
-What the release says of itself is kept: the order of visits is the `Follow-up #` of the 2020 table (file names are not
-chronological), history is computed on all rows before any is dropped, and the official test list stays untouched.
+What the release says of itself is kept: the order of visits is that of its table (file names are not chronological), history is
+computed on all rows before any is dropped, and the official test list stays untouched unless other splits are asked for.
 """
 
 import hashlib
-import io
 from dataclasses import dataclass
+from enum import StrEnum
 
 import numpy as np
-import pandas as pd
 import pyarrow as pa
 from pyarrow import fs
-from pydantic import Field
+from pydantic import Field, ValidationInfo, field_validator
 
-from cxr_ray import findings, storage
+from cxr_ray import storage
 from cxr_ray.dataset import Manifest
+from cxr_ray.decoding import Format
 from cxr_ray.errors import CxrRayError
-from cxr_ray.pixels import decode_picture
-from cxr_ray.records import fixed_lists
+from cxr_ray.records import SPLITS, fixed_lists
 from cxr_ray.settings import Settings
-from ingest.history import History, earlier_history
-from ingest.shards import Source, claim, write_dataset
-from ingest.splits import carve_validation, check_disjoint
+from ingest.files import SourceFile, list_files
+from ingest.history import earlier_history, history_columns
+from ingest.nih_images import find_images, without_litter
+from ingest.nih_lists import TEST_LIST, TRAIN_VAL_LIST, given_lists, list_of_each, official_lists
+from ingest.nih_table import RELEASE_TABLE, NihTable, read_table
+from ingest.shards import Source, claim, warm_up, write_dataset
+from ingest.splits import check_disjoint, stratified_splits
 
-TRAIN_VAL_LIST = "train_val_list.txt"
-TEST_LIST = "test_list.txt"
-MAX_AGE_YEARS = 120
+_DEFAULT_VAL_FRACTION = 0.1
+_DEFAULT_TEST_FRACTION = 0.2
 
-# Our name -> the release's column, compared without case, spaces and signs. The table's header breaks into eleven columns
-# because two of its names hold commas; the columns used here come before those.
-_COLUMNS = {
-    "image": "imageindex",
-    "labels": "findinglabels",
-    "follow_up": "followup",
-    "patient": "patientid",
-    "age": "patientage",
-    "sex": "patientgender",
-    "view": "viewposition",
+
+class SplitRule(StrEnum):
+    """Who decides which patients train, validate and test."""
+
+    OFFICIAL = "official"
+    RANDOM = "random"
+    LISTS = "lists"
+
+
+# Which settings a rule goes by.
+_SETTINGS_OF_RULE = {
+    SplitRule.OFFICIAL: ("val_fraction",),
+    SplitRule.RANDOM: ("val_fraction", "test_fraction"),
+    SplitRule.LISTS: ("train_list", "val_list", "test_list"),
 }
 
 
 class NihSettings(Settings):
     """Settings of `cxr-ray ingest nih`."""
 
-    release: str = Field(description="Folder or URI of the release: Data_Entry_2017_v2020.csv, the two lists, images.")
+    release: str = Field(
+        description="Folder or URI of the release: table, lists, and images in folders or as downloaded (.tar.gz, .tar, .zip)."
+    )
     out: str = Field(description="Folder or URI of the dataset.")
     size: int = Field(256, ge=16, le=4096, description="Edge of the stored square, in pixels.")
     metadata_only: bool = Field(default=False, description="Write every row of the table, without pixels.")
-    val_fraction: float = Field(0.1, gt=0, lt=1, description="Share of train_val that becomes validation, by patient.")
-    seed: int = Field(0, ge=0, description="Seed of the validation split.")
+    split: SplitRule = Field(
+        SplitRule.OFFICIAL, description="official: the release's lists; random: by patient; lists: those that are given."
+    )
+    val_fraction: float | None = Field(
+        None,
+        gt=0,
+        lt=1,
+        validate_default=True,
+        description="Share of train_val, or of all if random, for validation [0.1].",
+    )
+    test_fraction: float | None = Field(
+        None, ge=0, lt=1, validate_default=True, description="Share of the images for the test, with split random [0.2]."
+    )
+    train_list: str | None = Field(None, description="File or URI with the images to train on, with split lists.")
+    val_list: str | None = Field(None, description="File or URI with the images to validate on, with split lists.")
+    test_list: str | None = Field(None, validate_default=True, description="File or URI with the images to test on.")
+    seed: int = Field(0, ge=0, description="Seed of the splits that are drawn.")
     max_quarantined: float = Field(0.01, ge=0, le=1, description="Share of unreadable images that stops the run; 1 never.")
     overwrite: bool = Field(default=False, description="Replace the dataset that OUT holds.")
+
+    @field_validator("val_fraction", "test_fraction", "train_list", "val_list", "test_list")
+    @classmethod
+    def _fits_the_rule(cls, value: object, info: ValidationInfo) -> object:
+        rule, name = info.data.get("split"), str(info.field_name)
+        if rule is None or name in _SETTINGS_OF_RULE[rule]:
+            return value
+        if value is not None:
+            rules = " or ".join(other for other, names in _SETTINGS_OF_RULE.items() if name in names)
+            raise ValueError(f"means nothing with split {rule}; leave it out, or choose split {rules}")
+        return None
+
+    @field_validator("val_fraction")
+    @classmethod
+    def _default_val_fraction(cls, value: float | None, info: ValidationInfo) -> float | None:
+        drawn = info.data.get("split") in (SplitRule.OFFICIAL, SplitRule.RANDOM)
+        return _DEFAULT_VAL_FRACTION if value is None and drawn else value
+
+    @field_validator("test_fraction")
+    @classmethod
+    def _leaves_something_to_train_on(cls, value: float | None, info: ValidationInfo) -> float | None:
+        if info.data.get("split") is not SplitRule.RANDOM:
+            return value
+        test = _DEFAULT_TEST_FRACTION if value is None else value
+        val = info.data.get("val_fraction") or 0.0
+        if val + test >= 1:
+            raise ValueError(f"with val_fraction {val:g} leaves nothing to train on; make their sum less than 1")
+        return test
+
+    @field_validator("test_list")
+    @classmethod
+    def _some_list(cls, value: str | None, info: ValidationInfo) -> str | None:
+        given = (value, info.data.get("train_list"), info.data.get("val_list"))
+        if info.data.get("split") is SplitRule.LISTS and not any(given):
+            raise ValueError("split lists needs at least one of train_list, val_list and test_list; name a file")
+        return value
 
 
 @dataclass(frozen=True)
 class Release:
-    """The release's metadata: a row an image of the full table, and where the images are that are there.
+    """A release as it was found, its images not yet looked for.
 
     Attributes
     ----------
-    table
-        Columns image, patient, follow_up, age, sex, view, split ("train_val" or "test"), location (None if absent).
-    labels
-        uint8, shape (N, 14).
+    files
+        All its files, archives unopened, in the order of their names.
+    sha256
+        Digest of the table's file.
     """
 
-    table: pd.DataFrame
-    labels: np.ndarray
-    sha256: str
     filesystem: fs.FileSystem
-    counts: dict[str, int]
+    root: str
+    files: list[SourceFile]
+    table: NihTable
+    sha256: str
 
 
 def ingest_nih(settings: NihSettings) -> Manifest:
@@ -79,237 +138,119 @@ def ingest_nih(settings: NihSettings) -> Manifest:
     Raises
     ------
     CxrRayError
-        If the table or a list is absent or wrong, or too many images are unreadable.
+        If the table, a list or an archive is absent or wrong, or too many images are unreadable.
     """
-    claim(settings.out, overwrite=settings.overwrite)
+    dumped = settings.model_dump(mode="json")
+    claim(settings.out, dumped, overwrite=settings.overwrite)
+    warm_up()
     release = read_release(settings.release)
     table = release.table
-    history = earlier_history(table["patient"].to_numpy(), table["follow_up"].to_numpy(), release.labels.astype(np.float32))
-    split = _splits(table, settings)
-    records = _records(release, history, split)
+    split, counts = _splits(release, settings)
+    counts = {"rows": len(table), **counts, **table.counts}
+    images: dict[str, SourceFile] = {}
     if not settings.metadata_only:
-        records = records.filter(pa.array(table["location"].notna()))
+        images, duplicates = find_images(release.filesystem, release.files)
+        present = sum(image in images for image in table.image)
+        counts |= {"present": present, "absent": len(table) - present}
+        counts |= {"not_in_table": len(images) - present, "duplicate_files": duplicates}
+    wanted = np.array([name is not None for name in split])
+    if not settings.metadata_only:
+        wanted &= np.array([image in images for image in table.image])
     source = Source(
         kind="nih",
         filesystem=release.filesystem,
-        decode=None if settings.metadata_only else decode_picture,
+        root=release.root,
+        format=None if settings.metadata_only else Format.PICTURE,
         metadata_sha256=release.sha256,
-        settings=settings.model_dump(mode="json"),
-        counts=release.counts,
+        settings=dumped,
+        counts=counts,
+        warnings=table.warnings,
     )
+    records = _records(table, split, images).filter(pa.array(wanted))
     size = None if settings.metadata_only else settings.size
-    return write_dataset(records, settings.out, source, size=size, max_quarantined=settings.max_quarantined)
-
-
-def _splits(table: pd.DataFrame, settings: NihSettings) -> np.ndarray:
-    split = np.where(table["split"] == "test", "test", "train").astype(object)
-    train_val = (table["split"] == "train_val").to_numpy()
-    in_validation = carve_validation(table["patient"].to_numpy()[train_val], settings.val_fraction, settings.seed)
-    split[np.flatnonzero(train_val)[in_validation]] = "val"
-    check_disjoint(table["patient"].to_numpy(), split)
-    return split
-
-
-def _records(release: Release, history: History, split: np.ndarray) -> pa.Table:
-    table = release.table
-    return pa.table(
-        {
-            "image_id": pa.array(table["image"], type=pa.string()),
-            "patient_key": pa.array([f"nih-{patient}" for patient in table["patient"]], type=pa.string()),
-            "visit": history.visit,
-            "age_years": pa.array(table["age"].to_numpy(dtype=np.float32), from_pandas=True),
-            "sex": pa.array(table["sex"], type=pa.string(), from_pandas=True),
-            "view": pa.array(table["view"], type=pa.string(), from_pandas=True),
-            "history_count": history.count,
-            "history_ever": fixed_lists(history.ever),
-            "history_last": fixed_lists(history.last),
-            "history_fraction": fixed_lists(history.fraction),
-            "labels": fixed_lists(release.labels),
-            "split": pa.array(split, type=pa.string()),
-            "source": pa.array(["nih"] * len(table), type=pa.string()),
-            "location": pa.array(table["location"], type=pa.string(), from_pandas=True),
-        }
+    return write_dataset(
+        records, settings.out, source, size=size, max_quarantined=settings.max_quarantined, overwrite=settings.overwrite
     )
 
 
 def read_release(uri: str) -> Release:
-    """Read the table and the lists, and find the images wherever the release's folders hold them.
+    """List a release and read its table.
 
     Raises
     ------
     CxrRayError
         Naming the file, what is wrong in it and the remedy.
     """
-    filesystem, root = storage.resolve(uri)
-    files = _list_files(filesystem, root, uri)
-    table_path = _one_table(files, uri)
-    content = storage.read_bytes(filesystem, table_path)
-    table, labels = _read_table(content, table_path)
-    table, listed = _join_lists(table, filesystem, root)
-    images, duplicates = _find_images(files)
-    table["location"] = table["image"].map(images).astype(object).where(lambda found: found.notna(), None)
-    present = int(table["location"].notna().sum())
-    inside = table["split"].notna().to_numpy()
-    counts = {
-        "rows": len(table),
-        **listed,
-        "present": present,
-        "absent": len(table) - present,
-        "not_in_table": len(set(images) - set(table["image"])),
-        "duplicate_files": duplicates,
-        "age_unknown": int(table["age"].isna().sum()),
-    }
-    if not inside.all():
-        raise CxrRayError(
-            f"{uri}: {int((~inside).sum())} images of the table stand in no list (first: {table['image'][~inside].iloc[0]}); "
-            f"add them to {TRAIN_VAL_LIST} or {TEST_LIST}"
-        )
-    return Release(table, labels, hashlib.sha256(content).hexdigest(), filesystem, counts)
-
-
-def _list_files(filesystem: fs.FileSystem, root: str, uri: str) -> list[str]:
-    try:
-        infos = filesystem.get_file_info(fs.FileSelector(root, recursive=True))
-    except OSError as error:
-        raise CxrRayError(
-            f"--release {uri}: cannot be listed ({str(error).splitlines()[0]}); give the release's folder"
-        ) from None
-    return sorted(info.path for info in infos if info.type == fs.FileType.File)
-
-
-def _one_table(files: list[str], uri: str) -> str:
-    tables = [path for path in files if path.rsplit("/", 1)[-1].startswith("Data_Entry") and path.endswith(".csv")]
+    filesystem, root, files = list_files(uri, "--release")
+    files = without_litter(files)
+    names = [file.name.rpartition("/")[2] for file in files]
+    tables = [place for place, name in enumerate(names) if name.startswith("Data_Entry") and name.endswith(".csv")]
     if len(tables) != 1:
-        found = "none" if not tables else ", ".join(path.rsplit("/", 1)[-1] for path in tables)
-        raise CxrRayError(f"--release {uri}: needs one Data_Entry*.csv, found {found}; put Data_Entry_2017_v2020.csv there")
-    return tables[0]
-
-
-def _plain(name: object) -> str:
-    return "".join(character for character in str(name).casefold() if character.isalnum())
-
-
-def _read_table(content: bytes, path: str) -> tuple[pd.DataFrame, np.ndarray]:
-    try:
-        raw = pd.read_csv(io.BytesIO(content), dtype=str, keep_default_na=False, index_col=False)
-    except (ValueError, UnicodeDecodeError) as error:
-        raise CxrRayError(f"{path}: is no readable CSV ({' '.join(str(error).split())}); download it again") from None
-    by_name = {_plain(column): column for column in raw.columns}
-    absent = [column for column in _COLUMNS.values() if column not in by_name]
-    if absent:
+        found = ", ".join(names[place] for place in tables) or "none"
         raise CxrRayError(
-            f"{path}: has no column {', '.join(absent)} (found: {', '.join(map(str, raw.columns))}); download it again"
+            f"--release {storage.shown(uri)}: needs one Data_Entry*.csv, found {found}; put {RELEASE_TABLE} there alone"
         )
-    named = raw[[by_name[column] for column in _COLUMNS.values()]].set_axis(list(_COLUMNS), axis=1)
-    if named.empty:
-        raise CxrRayError(f"{path}: has no rows; download it again")
-    table = pd.DataFrame(
+    path = files[tables[0]].location
+    content = storage.read_bytes(filesystem, path)
+    return Release(filesystem, root, files, read_table(content, path), hashlib.sha256(content).hexdigest())
+
+
+def _splits(release: Release, settings: NihSettings) -> tuple[np.ndarray, dict[str, int]]:
+    """The split of each image of the table, None for those of no list (object, shape (N,)), and what the manifest counts."""
+    table = release.table
+    if settings.split is SplitRule.OFFICIAL:
+        split, counts = _official_splits(release, settings)
+    elif settings.split is SplitRule.RANDOM:
+        shares = {"val": settings.val_fraction or 0.0, "test": settings.test_fraction or 0.0}
+        split, counts = _drawn(table, np.ones(len(table), dtype=bool), shares, settings.seed), {}
+    else:
+        uris = {"train": settings.train_list, "val": settings.val_list, "test": settings.test_list}
+        lists = given_lists({name: uri for name, uri in uris.items() if uri})
+        split = list_of_each(table.image, table.patient, lists)
+        counts = {"in_no_list": int(np.sum(split == None))}  # noqa: E711 - element by element
+    listed = np.isin(split, SPLITS)
+    check_disjoint(table.patient[listed], split[listed])
+    return split, counts
+
+
+def _official_splits(release: Release, settings: NihSettings) -> tuple[np.ndarray, dict[str, int]]:
+    table = release.table
+    split = list_of_each(table.image, table.patient, official_lists(release.filesystem, release.root))
+    train_val, test = split == "train_val", split == "test"
+    unlisted = ~(train_val | test)
+    if unlisted.any():
+        raise CxrRayError(
+            f"--release {storage.shown(settings.release)}: {unlisted.sum()} images of the table stand in no list "
+            f"(first: {table.image[unlisted.argmax()]}); add them to {TRAIN_VAL_LIST} or {TEST_LIST}, or choose another --split"
+        )
+    split[train_val] = _drawn(table, train_val, {"val": settings.val_fraction or 0.0}, settings.seed)
+    return split, {"official_train_val": int(train_val.sum()), "official_test": int(test.sum())}
+
+
+def _drawn(table: NihTable, rows: np.ndarray, held_out: dict[str, float], seed: int) -> np.ndarray:
+    """Splits of the `rows` (bool, shape (N,)) with the given shares held out, the rest being for training."""
+    shares = {"train": 1 - sum(held_out.values()), **held_out}
+    some = {name: share for name, share in shares.items() if share > 0}
+    return stratified_splits(table.patient[rows], table.labels[rows], some, seed)
+
+
+def _records(table: NihTable, split: np.ndarray, images: dict[str, SourceFile]) -> pa.Table:
+    """A record of each image in the order of the table, with ``location`` and ``stamp`` of its file, null without one."""
+    history = earlier_history(table.patient, table.order, table.labels.astype(np.float32), table.age_years, table.view)
+    files = [images.get(image) for image in table.image]
+    return pa.table(
         {
-            "image": named["image"].str.strip(),
-            "patient": _numbers(named["patient"], "Patient ID", path),
-            "follow_up": _numbers(named["follow_up"], "Follow-up #", path),
-            "age": _ages(_numbers(named["age"], "Patient Age", path)),
-            "sex": _values(named["sex"], ("M", "F"), "Patient Gender", path),
-            "view": _values(named["view"], ("PA", "AP"), "View Position", path),
+            "image_id": pa.array(table.image, type=pa.string()),
+            "patient_key": pa.array([f"nih-{patient}" for patient in table.patient], type=pa.string()),
+            "visit": history.visit,
+            "age_years": pa.array(table.age_years, from_pandas=True),
+            "sex": pa.array(table.sex, type=pa.string()),
+            "view": pa.array(table.view, type=pa.string()),
+            **history_columns(history),
+            "labels": fixed_lists(table.labels),
+            "split": pa.array(split, type=pa.string()),
+            "source": pa.array(["nih"] * len(table), type=pa.string()),
+            "location": pa.array([None if file is None else file.location for file in files], type=pa.string()),
+            "stamp": pa.array([None if file is None else file.stamp for file in files], type=pa.string()),
         }
     )
-    _refuse_repeats(table, ["image"], "Image Index", path)
-    _refuse_repeats(table, ["patient", "follow_up"], "Patient ID and Follow-up #", path)
-    return table, _labels(named["labels"], path)
-
-
-def _line(row: int) -> int:
-    """Line of the file, counted from 1, the header included."""
-    return row + 2
-
-
-def _numbers(column: pd.Series, name: str, path: str) -> pd.Series:
-    numbers = pd.to_numeric(column.str.strip(), errors="coerce")
-    wrong = ~np.isfinite(numbers) | (numbers != numbers.round())
-    if wrong.any():
-        first = int(wrong.to_numpy().argmax())
-        raise CxrRayError(
-            f"{path} line {_line(first)}: {name} is {column.iloc[first]!r}; whole numbers are needed (2020 release)"
-        )
-    return numbers.astype(np.int64)
-
-
-def _ages(ages: pd.Series) -> pd.Series:
-    return ages.astype(np.float32).where((ages >= 0) & (ages <= MAX_AGE_YEARS))
-
-
-def _values(column: pd.Series, allowed: tuple[str, ...], name: str, path: str) -> pd.Series:
-    values = column.str.strip().str.upper()
-    wrong = ~values.isin([*allowed, ""])
-    if wrong.any():
-        first = int(wrong.to_numpy().argmax())
-        raise CxrRayError(
-            f"{path} line {_line(first)}: {name} is {column.iloc[first]!r}; one of {', '.join(allowed)} is needed"
-        )
-    return values.where(values != "", None)
-
-
-def _refuse_repeats(table: pd.DataFrame, columns: list[str], name: str, path: str) -> None:
-    repeated = table.duplicated(columns)
-    if repeated.any():
-        first = int(repeated.to_numpy().argmax())
-        value = ", ".join(str(table[column].iloc[first]) for column in columns)
-        raise CxrRayError(f"{path} line {_line(first)}: {name} {value} stands there a second time; remove one of the rows")
-
-
-def _labels(column: pd.Series, path: str) -> np.ndarray:
-    encoded: dict[str, np.ndarray] = {}
-    for text in column.unique():
-        try:
-            encoded[text] = findings.parse(text)
-        except CxrRayError as error:
-            raise CxrRayError(f"{path} line {_line(int((column == text).to_numpy().argmax()))}: {error}") from None
-    return np.stack([encoded[text] for text in column])
-
-
-def _join_lists(table: pd.DataFrame, filesystem: fs.FileSystem, root: str) -> tuple[pd.DataFrame, dict[str, int]]:
-    lists = {name: _read_list(filesystem, f"{root}/{name}") for name in (TRAIN_VAL_LIST, TEST_LIST)}
-    known = set(table["image"])
-    for name, images in lists.items():
-        unknown = [image for image in images if image not in known]
-        if unknown:
-            raise CxrRayError(
-                f"{root}/{name}: names {len(unknown)} images that the table does not hold (first: {unknown[0]}); "
-                "use lists and table of one release"
-            )
-    both = set(lists[TRAIN_VAL_LIST]) & set(lists[TEST_LIST])
-    if both:
-        raise CxrRayError(f"{root}: {len(both)} images stand in both lists (first: {min(both)}); correct the lists")
-    split = dict.fromkeys(lists[TRAIN_VAL_LIST], "train_val") | dict.fromkeys(lists[TEST_LIST], "test")
-    joined = table.assign(split=table["image"].map(split))
-    patients = {name: set(joined["patient"][joined["split"] == name]) for name in ("train_val", "test")}
-    shared = patients["train_val"] & patients["test"]
-    if shared:
-        raise CxrRayError(
-            f"{root}: {len(shared)} patients have images in both {TRAIN_VAL_LIST} and {TEST_LIST} (first: {min(shared)}); "
-            "move all images of a patient to one list"
-        )
-    return joined, {
-        "official_train_val": int((joined["split"] == "train_val").sum()),
-        "official_test": int((joined["split"] == "test").sum()),
-    }
-
-
-def _read_list(filesystem: fs.FileSystem, path: str) -> list[str]:
-    try:
-        text = storage.read_bytes(filesystem, path).decode()
-    except UnicodeDecodeError:
-        raise CxrRayError(f"{path}: is no text; put the release's list there") from None
-    return [line.strip() for line in text.splitlines() if line.strip()]
-
-
-def _find_images(files: list[str]) -> tuple[dict[str, str], int]:
-    """Name to path of every PNG, whichever folder holds it, and how many files repeat a name."""
-    images: dict[str, str] = {}
-    duplicates = 0
-    for path in files:
-        if path.lower().endswith(".png"):
-            name = path.rsplit("/", 1)[-1]
-            duplicates += name in images
-            images.setdefault(name, path)
-    return images, duplicates

@@ -1,6 +1,6 @@
 """Splits: every patient in exactly one, the same in every run."""
 
-from collections import Counter
+import csv
 
 import numpy as np
 import pytest
@@ -8,47 +8,102 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from cxr_ray.errors import CxrRayError
-from ingest.splits import carve_validation, check_disjoint, split_by_key
+from cxr_ray.findings import FINDINGS, parse
+from ingest.splits import check_disjoint, split_by_key, stratified_splits
 
-PATIENTS = st.lists(st.integers(0, 8), min_size=2, max_size=40).map(np.array)
+IMAGES = st.lists(st.tuples(st.integers(0, 8), st.integers(0, 2**14 - 1)), min_size=1, max_size=40)
+SHARES = st.sampled_from([{"train": 0.9, "val": 0.1}, {"train": 0.5, "val": 0.5}, {"train": 0.6, "val": 0.1, "test": 0.3}])
 
 
-@given(PATIENTS, st.floats(0.01, 0.99), st.integers(0, 5))
+def arrays(images):
+    """Patients and labels."""
+    labels = np.array([[bits >> place & 1 for place in range(14)] for _, bits in images], dtype=np.uint8)
+    return np.array([patient for patient, _ in images]), labels
+
+
+@given(IMAGES, SHARES, st.integers(0, 5))
+@settings(max_examples=200, deadline=None)
+def test_whole_patients_and_no_split_empty(images, shares, seed):
+    patients, labels = arrays(images)
+    splits = stratified_splits(patients, labels, shares, seed)
+    check_disjoint(patients, splits)
+    assert set(splits) <= set(shares)
+    assert len(set(splits)) == min(len(shares), len(set(patients)))
+
+
+@given(IMAGES, SHARES, st.randoms(use_true_random=False))
 @settings(deadline=None)
-def test_validation_holds_whole_patients_and_about_the_fraction(patients, fraction, seed):
-    chosen = carve_validation(patients, fraction, seed)
-    assert chosen.shape == patients.shape
-    assert not set(patients[chosen]) & set(patients[~chosen])
-    if len(set(patients)) == 1:
-        return
-    assert 0 < chosen.sum() < len(patients)
-    # At most the fraction, unless a single patient is more; and another patient would have been too many.
-    largest = max(Counter(patients).values())
-    assert chosen.sum() <= fraction * len(patients) or len(set(patients[chosen])) == 1
-    assert chosen.sum() + largest > fraction * len(patients)
+def test_row_order_plays_no_role(images, shares, random):
+    places = list(range(len(images)))
+    random.shuffle(places)
+    patients, labels = arrays(images)
+    straight = stratified_splits(patients, labels, shares, 3)
+    np.testing.assert_array_equal(straight[places], stratified_splits(patients[places], labels[places], shares, 3))
 
 
-def test_fraction_of_a_large_table():
-    patients = np.random.default_rng(0).integers(0, 3000, 20_000)
-    chosen = carve_validation(patients, 0.1, seed=0)
-    assert 0.097 < chosen.mean() <= 0.1
+@pytest.fixture(scope="module")
+def train_val(real_data):
+    """Patients, labels and follow-ups of the release's 86,524 images outside the test list."""
+    test = set((real_data / "nih" / "test_list.txt").read_text().split())
+    with (real_data / "nih" / "Data_Entry_2017_v2020.csv").open() as lines:
+        rows = [row for row in list(csv.reader(lines))[1:] if row[0] not in test]
+    labels = {text: parse(text) for text in {row[1] for row in rows}}
+    return (
+        np.array([int(row[3]) for row in rows]),
+        np.stack([labels[row[1]] for row in rows]),
+        np.array([int(row[2]) for row in rows]),
+    )
 
 
-def test_no_fraction_no_validation():
-    assert not carve_validation(np.array([1, 2, 3]), 0.0, seed=0).any()
+def plain_random(patients, share, seed):
+    """Whole patients at random until they hold the share of the images."""
+    unique, images = np.unique(patients, return_counts=True)
+    drawn = np.random.default_rng(seed).permutation(len(unique))
+    return np.isin(patients, unique[drawn[np.cumsum(images[drawn]) <= share * len(patients)]])
+
+
+def deviations(labels, chosen):
+    """How far each finding's prevalence is from that of all images, relative to it; shape (14,)."""
+    return np.abs(labels[chosen].mean(axis=0) / labels.mean(axis=0) - 1)
+
+
+@pytest.mark.parametrize("seed", [0, 1, 2])
+def test_prevalences_are_kept_where_chance_would_not(train_val, seed):
+    patients, labels, follow_up = train_val
+    chosen = stratified_splits(patients, labels, {"train": 0.9, "val": 0.1}, seed) == "val"
+    by_chance = plain_random(patients, 0.1, seed)
+    assert abs(chosen.mean() - 0.1) < 5e-4
+    assert deviations(labels, chosen).max() < 0.02
+    assert deviations(labels, chosen).max() < deviations(labels, by_chance).max() / 5
+    assert deviations(labels, chosen).mean() < deviations(labels, by_chance).mean() / 5
+    assert labels[chosen][:, FINDINGS.index("Hernia")].sum() in (13, 14, 15)
+    # Neither only patients of one visit nor only those of many.
+    assert (follow_up[chosen] == 0).mean() == pytest.approx((follow_up == 0).mean(), abs=0.015)
+
+
+def test_three_splits_of_the_whole_release(train_val):
+    patients, labels, _ = train_val
+    splits = stratified_splits(patients, labels, {"train": 0.7, "val": 0.1, "test": 0.2}, 0)
+    for name, share in (("train", 0.7), ("val", 0.1), ("test", 0.2)):
+        assert (splits == name).mean() == pytest.approx(share, abs=1e-3)
+        assert deviations(labels, splits == name).max() < 0.03
+
+
+def test_one_rare_patient_does_not_make_a_small_split_large():
+    """A single patient has all of a finding: it belongs to the largest split."""
+    patients = np.r_[np.zeros(50, dtype=int), np.arange(1, 101)]
+    labels = np.zeros((150, 14), dtype=np.uint8)
+    labels[:50, 13] = 1
+    splits = stratified_splits(patients, labels, {"train": 0.9, "val": 0.1}, 0)
+    assert set(splits[:50]) == {"train"}
+    assert 12 <= (splits == "val").sum() <= 18
 
 
 def test_the_seed_decides():
-    patients = np.repeat(np.arange(200), 3)
-    first = carve_validation(patients, 0.2, seed=1)
-    np.testing.assert_array_equal(first, carve_validation(patients, 0.2, seed=1))
-    assert (first != carve_validation(patients, 0.2, seed=2)).any()
-
-
-def test_validation_does_not_depend_on_row_order():
-    patients = np.random.default_rng(4).integers(0, 50, 300)
-    order = np.random.default_rng(5).permutation(300)
-    np.testing.assert_array_equal(carve_validation(patients, 0.3, 7)[order], carve_validation(patients[order], 0.3, 7))
+    patients, labels = np.repeat(np.arange(200), 3), np.zeros((600, 14), dtype=np.uint8)
+    first = stratified_splits(patients, labels, {"train": 0.8, "val": 0.2}, seed=1)
+    np.testing.assert_array_equal(first, stratified_splits(patients, labels, {"train": 0.8, "val": 0.2}, seed=1))
+    assert (first != stratified_splits(patients, labels, {"train": 0.8, "val": 0.2}, seed=2)).any()
 
 
 def test_check_disjoint_names_the_patient():
