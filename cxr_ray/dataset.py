@@ -41,20 +41,24 @@ class Split(_Model):
     shards: list[Shard]
 
 
-class Quarantined(_Model):
-    """A file that was left out, and why."""
+class LeftOutImage(_Model):
+    """An image that was left out, and why; `refused` where it was readable but not wanted."""
 
     image: str
     reason: str
+    refused: bool
 
 
 class Manifest(_Model):
     """What a dataset holds and where it comes from.
 
-    `metadata_sha256` is the digest of the source's table of labels, `counts` what the source was found to hold.
+    `run` is a digest of everything that decides the rows: two datasets with the same `run` hold the same rows.
+    `metadata_sha256` is the digest of the source's table of labels, `counts` what the source was found to hold,
+    `images_per_second` the rate at which the last run that added to the dataset decoded and wrote.
     """
 
-    schema_version: Literal[1] = 1
+    schema_version: Literal[2] = 2
+    run: str
     created: datetime
     code_version: str
     source: str
@@ -65,7 +69,9 @@ class Manifest(_Model):
     pixel_recipe: dict[str, object] | None
     splits: dict[str, Split]
     counts: dict[str, int]
-    quarantined: list[Quarantined]
+    images_per_second: float | None
+    warnings: list[str]
+    left_out: list[LeftOutImage]
 
 
 class Dataset:

@@ -3,6 +3,7 @@
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 # A dataset's blocks and a few batches are all that the object store holds here; the rest of the memory is the workers'.
 LOCAL_OBJECT_STORE_BYTES = 512 * 1024**2
@@ -43,6 +44,15 @@ def ray_session(*, local_cpus: int | None = None) -> Iterator[None]:
         yield
     finally:
         ray.shutdown()
+
+
+def without_reservations(dataset: Any) -> Any:
+    """A Ray Data dataset of a single operator, which needs no resources kept for others.
+
+    Keeping them leaves CPUs idle at the start, and for a moment after each task.
+    """
+    dataset.context.op_resource_reservation_enabled = False
+    return dataset
 
 
 def _quiet_ray_data() -> None:

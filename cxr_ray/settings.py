@@ -35,7 +35,11 @@ def load_settings(model: type[SettingsType], config: Path | None, flags: Mapping
         first = error.errors()[0]
         name = ".".join(str(part) for part in first["loc"])
         given = "" if first["type"] == "missing" else f" is {first['input']!r}"
-        remedy = f"known settings: {', '.join(model.model_fields)}" if first["type"] == "extra_forbidden" else first["msg"]
+        remedy = (
+            f"known settings: {', '.join(model.model_fields)}"
+            if first["type"] == "extra_forbidden"
+            else first["msg"].removeprefix("Value error, ")
+        )
         raise UsageError(f"setting {name!r}{given}: {remedy}") from None
 
 

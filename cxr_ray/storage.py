@@ -1,11 +1,17 @@
 """Files at any pyarrow filesystem URI: a local path, ``file://``, ``s3://``, ``gs://``, ``hdfs://``."""
 
+import secrets
 from pathlib import Path
+from urllib.parse import parse_qsl, urlencode, urlsplit, urlunsplit
 
 import pyarrow as pa
 from pyarrow import fs
 
 from cxr_ray.errors import CxrRayError, UsageError
+
+_SECRET_OPTIONS = ("access_key", "secret_key", "session_token", "external_id")
+# Object stores show a file when it is closed, and have no rename but copying.
+_SHOWN_WHEN_CLOSED = ("s3", "gcs", "abfs")
 
 
 def resolve(uri: str) -> tuple[fs.FileSystem, str]:
@@ -21,12 +27,23 @@ def resolve(uri: str) -> tuple[fs.FileSystem, str]:
             return fs.FileSystem.from_uri(uri)
         return fs.LocalFileSystem(), str(Path(uri).expanduser().resolve())
     except (pa.ArrowException, ValueError, OSError) as error:
-        raise UsageError(f"URI {uri!r} cannot be used ({error}); give a path or a URI such as s3://bucket/folder") from None
+        raise UsageError(
+            f"URI {shown(uri)!r} cannot be used ({error}); give a path or a URI such as s3://bucket/folder"
+        ) from None
 
 
 def absolute(uri: str) -> str:
     """The same place, named so that a process with another working folder finds it."""
     return uri if "://" in uri else resolve(uri)[1]
+
+
+def shown(uri: str) -> str:
+    """The URI as it may be printed and stored: without the user, the password and the keys that it may carry."""
+    if "://" not in uri:
+        return uri
+    parts = urlsplit(uri)
+    query = [(name, value) for name, value in parse_qsl(parts.query) if name not in _SECRET_OPTIONS]
+    return urlunsplit(parts._replace(netloc=parts.netloc.rpartition("@")[2], query=urlencode(query)))
 
 
 def exists(filesystem: fs.FileSystem, path: str) -> bool:
@@ -43,7 +60,7 @@ def read_bytes(filesystem: fs.FileSystem, path: str) -> bytes:
         If it is absent or unreadable.
     """
     try:
-        with filesystem.open_input_stream(path) as stream:
+        with filesystem.open_input_stream(path, compression=None) as stream:
             return stream.read()
     except OSError as error:
         raise CxrRayError(
@@ -53,7 +70,8 @@ def read_bytes(filesystem: fs.FileSystem, path: str) -> bytes:
 
 def write_atomically(filesystem: fs.FileSystem, path: str, data: bytes) -> None:
     """Write a file so that a reader sees all of it or none of it."""
-    partial = f"{path}.partial"
-    with filesystem.open_output_stream(partial) as stream:
+    partial = path if filesystem.type_name in _SHOWN_WHEN_CLOSED else f"{path}.{secrets.token_hex(4)}.partial"
+    with filesystem.open_output_stream(partial, compression=None) as stream:
         stream.write(data)
-    filesystem.move(partial, path)
+    if partial != path:
+        filesystem.move(partial, path)

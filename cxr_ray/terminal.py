@@ -28,8 +28,11 @@ def single_command(function: Callable[..., None]) -> typer.Typer:
 
 
 def print_settings(command: str, settings: Settings) -> None:
-    """Print all settings of a command on standard error, where they do not mix with its result."""
-    sys.stderr.write(f"# cxr-ray {command}\n{as_yaml(settings)}")
+    """Print all settings of a command on standard error, where they do not mix with its result; URIs without their secrets."""
+    from cxr_ray.storage import shown  # noqa: PLC0415 - pyarrow, which some commands do not need
+
+    values = {name: shown(value) for name, value in settings.model_dump().items() if isinstance(value, str)}
+    sys.stderr.write(f"# cxr-ray {command}\n{as_yaml(settings.model_copy(update=values))}")
 
 
 def print_json(value: object) -> None:

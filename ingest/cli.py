@@ -7,9 +7,8 @@ import typer
 
 from cxr_ray.dataset import Manifest
 from cxr_ray.ray_session import ray_session
-from cxr_ray.records import SPLITS
 from cxr_ray.settings import load_settings
-from cxr_ray.terminal import command_group, console, print_json, print_settings, table
+from cxr_ray.terminal import command_group, console, print_json, print_settings
 
 app = command_group("Turn a release, DICOM files or phantoms into a dataset.")
 
@@ -26,15 +25,26 @@ Json = Annotated[bool, typer.Option("--json", help="Print the manifest's summary
 
 @app.command()
 def nih(
-    release: Annotated[str | None, typer.Option(help="Folder or URI of the NIH release.")] = None,
+    release: Annotated[
+        str | None, typer.Option(help="Folder or URI of the NIH release, its images in folders or as downloaded.")
+    ] = None,
     out: Out = None,
     size: Size = None,
     metadata_only: Annotated[
         bool | None, typer.Option("--metadata-only", help="Write every row of the table, without pixels.")
     ] = None,
-    val_fraction: Annotated[
-        float | None, typer.Option(help="Share of train_val that becomes validation, by patient [0.1].")
+    split: Annotated[
+        str | None, typer.Option(help="official (the release's lists), random (by patient) or lists (those given) [official].")
     ] = None,
+    val_fraction: Annotated[
+        float | None, typer.Option(help="Share of train_val, or of all with --split random, for validation [0.1].")
+    ] = None,
+    test_fraction: Annotated[
+        float | None, typer.Option(help="With --split random: share of the images for the test [0.2].")
+    ] = None,
+    train_list: Annotated[str | None, typer.Option(help="With --split lists: file or URI, an image's name a line.")] = None,
+    val_list: Annotated[str | None, typer.Option(help="The same for validation.")] = None,
+    test_list: Annotated[str | None, typer.Option(help="The same for the test.")] = None,
     seed: Seed = None,
     max_quarantined: MaxQuarantined = None,
     overwrite: Overwrite = None,
@@ -47,7 +57,12 @@ def nih(
         out=out,
         size=size,
         metadata_only=metadata_only,
+        split=split,
         val_fraction=val_fraction,
+        test_fraction=test_fraction,
+        train_list=train_list,
+        val_list=val_list,
+        test_list=test_list,
         seed=seed,
         max_quarantined=max_quarantined,
         overwrite=overwrite,
@@ -62,14 +77,16 @@ def nih(
 
 @app.command()
 def dicom(
-    source: Annotated[str | None, typer.Option(help="Folder or URI searched for DICOM files.")] = None,
+    source: Annotated[
+        str | None, typer.Option(help="DICOM files: a folder or URI with all folders and zips in it; a zip; a DICOMDIR.")
+    ] = None,
     out: Out = None,
     size: Size = None,
     labels: Annotated[
-        str | None, typer.Option(help="CSV with columns 'SOPInstanceUID' and 'Finding Labels'; without it, no labels.")
+        str | None, typer.Option(help="CSV with a UID or accession number, and the labels, a row; without it, no labels.")
     ] = None,
     patient_key_file: Annotated[
-        Path | None, typer.Option(help="File with the secret that patient identifiers are hashed with.")
+        Path | None, typer.Option(help="File with the secret that identifiers are hashed with, 16 bytes or more.")
     ] = None,
     val_fraction: Annotated[float | None, typer.Option(help="Share of the patients for validation [0.1].")] = None,
     test_fraction: Annotated[float | None, typer.Option(help="Share of the patients for the test [0.2].")] = None,
@@ -122,15 +139,6 @@ def _print_manifest(out: str, manifest: Manifest, *, as_json: bool) -> None:
     if as_json:
         print_json(manifest.model_dump(mode="json", exclude={"splits": {"__all__": {"shards"}}}))
         return
-    columns = [("split", False), ("images", True), ("patients", True), ("labelled", True), ("shards", True)]
-    shown = table(f"Dataset {out}", columns)
-    for name in SPLITS:
-        split = manifest.splits[name]
-        row = (split.images, split.patients, split.labelled, len(split.shards))
-        shown.add_row(name, *(f"{number:,}" for number in row))
-    console.print(shown)
-    console.print("; ".join(f"{name.replace('_', ' ')} {count:,}" for name, count in manifest.counts.items()))
-    for entry in manifest.quarantined[:5]:
-        console.print(f"left out: {entry.reason}")
-    if len(manifest.quarantined) > 5:
-        console.print(f"left out: {len(manifest.quarantined) - 5} more, listed in {out}/manifest.json")
+    from ingest.summary import print_summary  # noqa: PLC0415 - pyarrow and pandas come with it
+
+    print_summary(out, manifest)

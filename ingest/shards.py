@@ -1,32 +1,69 @@
-"""Writing a dataset: images decoded and written where they are read, the manifest last.
+"""Writing a dataset: images decoded and written where they are read, exactly once, the manifest last.
 
-One Ray Data task reads, decodes and writes one shard and sends back a few numbers, so that no pixel crosses the object store. A
-task that is retried writes the same file again; what the manifest does not list does not exist.
+What is to be written is known before the first image is decoded: rows, their splits and their files, and a digest of all of
+it names the run. Tasks write shards into the run's folder (see `ingest.shard_tasks`). A run that is started again finds its
+own folder by that digest and goes on; one that finds its finished dataset leaves it alone. The manifest is written last, and
+what it does not list does not exist.
 """
 
-import contextlib
-import secrets
+import csv
+import hashlib
+import io
+import json
+import time
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.parquet as pq
+import pyarrow.compute as pc
 from pyarrow import fs
 
 from cxr_ray import __version__, storage
 from cxr_ray.cpus import available_cpus
-from cxr_ray.dataset import MANIFEST, Manifest, Quarantined, Shard, Split
+from cxr_ray.dataset import MANIFEST, Dataset, LeftOutImage, Manifest, Shard, Split
+from cxr_ray.decoding import Format
 from cxr_ray.errors import CxrRayError
 from cxr_ray.findings import FINDINGS
-from cxr_ray.pixels import PIXEL_RECIPE, Greyscale, ImageError, stored_square
+from cxr_ray.pixels import PIXEL_RECIPE
 from cxr_ray.progress import ProgressReport
-from cxr_ray.records import SPLITS, from_fixed_lists, record_schema
+from cxr_ray.ray_session import without_reservations
+from cxr_ray.records import SPLITS, from_fixed_lists
+from ingest.contact_sheet import CONTACT_SHEET, contact_sheet
+from ingest.files import archive_and_member, is_tar
+from ingest.shard_tasks import OUTCOMES, Outcome, ShardPlan, write_shards
 
-MAX_SHARD_ROWS = 1024
-Decoder = Callable[[bytes, str], Greyscale]
+LEFT_OUT = "left-out.csv"
+MAX_SHARD_BYTES = 64 * 1024**2
+MAX_SHARD_ROWS, MIN_SHARD_ROWS = 1024, 32
+_METADATA_SHARD_ROWS = 16384
+# Enough that the last of them keep all CPUs busy to the end.
+_TASKS_PER_CPU = 8
+_LAYOUT = "layout.json"
+
+
+@dataclass(frozen=True)
+class LeftOut:
+    """A file that is no row of the dataset.
+
+    Attributes
+    ----------
+    file
+        Its name, relative to the source.
+    image
+        What the manifest calls it: the image's identifier, or a keyed hash of the name.
+    reason
+        What is wrong and what to do, without the file's name.
+    refused
+        True where the file is readable but not wanted; False where it is unreadable, which counts towards the limit.
+    """
+
+    file: str
+    image: str
+    reason: str
+    refused: bool
 
 
 @dataclass(frozen=True)
@@ -37,237 +74,285 @@ class Source:
     ----------
     filesystem
         Where the `location` column of the records points.
-    decode
-        Turns a file's bytes into pixels; None for metadata only.
+    format
+        What the files are; None for metadata only.
     root
-        Folder that errors name files relative to; empty where the file's own name says enough.
-    refused
-        Files that are readable, but not wanted.
-    unreadable
-        Files that were found unreadable before any pixel was decoded; they count as quarantined.
+        Folder that files are named relative to.
+    left_out
+        What was left out before any pixel was decoded.
     files
-        Files that the limit of quarantined ones is a share of; None for as many as there are records.
+        Files that the limit of unreadable ones is a share of; None for as many as there are records.
     """
 
     kind: str
     filesystem: fs.FileSystem
-    decode: Decoder | None
+    format: Format | None
     metadata_sha256: str | None
     settings: dict[str, object]
     counts: dict[str, int]
     root: str = ""
-    refused: tuple[Quarantined, ...] = ()
-    unreadable: tuple[Quarantined, ...] = ()
+    left_out: tuple[LeftOut, ...] = ()
     files: int | None = None
-
-
-@dataclass(frozen=True)
-class _ShardPlan:
-    """What a task needs besides its rows."""
-
-    uri: str
-    run: str
-    size: int | None
-    filesystem: fs.FileSystem
-    decode: Decoder | None
-    root: str
-
-    def path(self, split: str, number: int) -> str:
-        return f"{self.run}/{split}-{number:05d}.parquet"
+    warnings: tuple[str, ...] = ()
 
 
 @dataclass
 class _Written:
-    """What the finished tasks have sent back."""
+    """What the tasks have done so far."""
 
     shards: dict[str, list[Shard]] = field(default_factory=lambda: {split: [] for split in SPLITS})
-    quarantined: list[Quarantined] = field(default_factory=list)
+    unreadable: dict[str, str] = field(default_factory=dict)
     images: int = 0
+    fresh: int = 0
+    seconds: float = 0.0
+
+    def rate(self) -> float | None:
+        return self.fresh / self.seconds if self.fresh and self.seconds else None
 
 
-def claim(uri: str, *, overwrite: bool) -> None:
+def claim(uri: str, settings: dict[str, object], *, overwrite: bool) -> None:
     """Check that a dataset may be written there, before any work is done.
 
     Raises
     ------
     CxrRayError
-        If a dataset is there and `overwrite` is not set, or the place cannot be written.
+        If a dataset made with other settings is there and `overwrite` is not set, or the place cannot be written.
     """
     filesystem, root = storage.resolve(uri)
     if storage.exists(filesystem, f"{root}/{MANIFEST}") and not overwrite:
-        raise CxrRayError(f"--out {uri}: already holds a dataset; choose another place or give --overwrite")
+        held = Dataset(uri).manifest.settings
+        differing = [name for name, value in _kept(settings).items() if held.get(name) != value]
+        if differing:
+            was = ", ".join(f"{name} {held.get(name)!r}" for name in differing)
+            raise CxrRayError(
+                f"--out {storage.shown(uri)}: holds a dataset made with {was}; choose another place or give --overwrite"
+            )
     try:
         filesystem.create_dir(root, recursive=True)
     except OSError as error:
-        raise CxrRayError(f"--out {uri}: cannot be written ({error}); choose another place") from None
+        raise CxrRayError(f"--out {storage.shown(uri)}: cannot be written ({error}); choose another place") from None
 
 
-def write_dataset(records: pa.Table, uri: str, source: Source, *, size: int | None, max_quarantined: float) -> Manifest:
-    """Decode the images of `records` on Ray Data and write shards and manifest.
+def warm_up() -> None:
+    """Let Ray's workers import what the tasks will need, a second's work, while the source is being read."""
+    import ray  # noqa: PLC0415 - takes a second that other commands need not pay
 
-    Parameters
-    ----------
-    records
-        The record columns without pixels, and ``location``, the path of each image in `source.filesystem`.
-    size
-        Edge of the stored square in pixels; None for metadata only.
-    max_quarantined
-        Share of the files that may be unreadable before the run stops, 0 to 1.
-
-    Raises
-    ------
-    CxrRayError
-        If no image is left, or too many are unreadable; nothing is then changed at `uri`.
-    """
-    if records.num_rows == 0:
-        raise CxrRayError(f"no image to ingest ({source.counts}); check the folder of the images")
-    filesystem, root = storage.resolve(uri)
-    run = f"shards-{secrets.token_hex(4)}"
-    plan = _ShardPlan(storage.absolute(uri), run, size, source.filesystem, source.decode, source.root)
-    try:
-        written = _run(records, plan, source, max_quarantined)
-    except BaseException:
-        with contextlib.suppress(OSError):
-            filesystem.delete_dir(f"{root}/{plan.run}")
-        raise
-    manifest = _manifest(records, written, source, size)
-    storage.write_atomically(filesystem, f"{root}/{MANIFEST}", manifest.model_dump_json(indent=2).encode())
-    _remove_other_runs(filesystem, root, plan.run)
-    return manifest
+    if ray.is_initialized():
+        import_modules = ray.remote(_import_modules)
+        for _ in range(_cluster_cpus()):
+            import_modules.remote()
 
 
-def _shuffled_by_split(records: pa.Table) -> list[tuple[str, int, pa.Table]]:
-    """Rows of each split in random order, cut into shards that keep every CPU busy."""
-    splits = records["split"].to_numpy()
-    rows_per_shard = int(np.clip(records.num_rows / (4 * available_cpus()), 32, MAX_SHARD_ROWS))
-    pieces = []
-    for split in SPLITS:
-        rows = np.random.default_rng(0).permutation(np.flatnonzero(splits == split))
-        for number, start in enumerate(range(0, len(rows), rows_per_shard)):
-            pieces.append((split, number, records.take(rows[start : start + rows_per_shard])))
-    return pieces
+def _import_modules() -> None:
+    import ray.data  # noqa: F401, PLC0415
 
 
-def check_quarantined(quarantined: Sequence[Quarantined], files: int, max_quarantined: float) -> None:
+def _kept(settings: dict[str, object]) -> dict[str, object]:
+    """Settings as the manifest keeps them: those that decide the rows, without secrets."""
+    kept = {name: value for name, value in settings.items() if name not in ("out", "overwrite", "max_quarantined")}
+    return {name: storage.shown(value) if isinstance(value, str) else value for name, value in kept.items()}
+
+
+def check_quarantined(unreadable: int, files: int, max_quarantined: float, first: str) -> None:
     """Stop a run whose source is broken.
 
     Raises
     ------
     CxrRayError
-        If more than `max_quarantined` of `files` are quarantined.
+        If more than `max_quarantined` of `files` are unreadable; `first` is the reason of the first.
     """
-    if len(quarantined) > max_quarantined * files:
+    if unreadable > max_quarantined * files:
         raise CxrRayError(
-            f"{len(quarantined)} of {files} images are unreadable, more than {max_quarantined:.1%} "
-            f"(first: {quarantined[0].reason}); repair them or raise --max-quarantined"
+            f"{unreadable} of {files} images are unreadable, more than {max_quarantined:.1%} "
+            f"(first: {first}); repair them or raise --max-quarantined"
         )
 
 
-def _run(records: pa.Table, plan: _ShardPlan, source: Source, max_quarantined: float) -> _Written:
+def write_dataset(
+    records: pa.Table, uri: str, source: Source, *, size: int | None, max_quarantined: float, overwrite: bool
+) -> Manifest:
+    """Decode the images of `records` on Ray Data and write shards, contact sheet, list of left-out files and manifest.
+
+    Parameters
+    ----------
+    records
+        The record columns without pixels, and ``location``, where each image is (see `ingest.files`), and ``stamp``, which
+        changes when the file does; both null for metadata only.
+    size
+        Edge of the stored square in pixels; None for metadata only.
+    max_quarantined
+        Share of the files that may be unreadable before the run stops, 0 to 1.
+
+    Returns
+    -------
+    Manifest
+        Of the dataset; the one that was there, where the same run has finished before.
+
+    Raises
+    ------
+    CxrRayError
+        If no image is left, too many are unreadable, or another dataset is there and `overwrite` is not set. The shards
+        written so far stay for the next attempt; the dataset that was there before is unchanged.
+    """
+    if records.num_rows == 0:
+        raise CxrRayError(f"no image to ingest ({source.counts}); check the folder of the images")
+    filesystem, root = storage.resolve(uri)
+    run = _digest(records, source, size)
+    if storage.exists(filesystem, f"{root}/{MANIFEST}") and not overwrite:
+        held = Dataset(uri).manifest
+        if held.run == run:
+            _remove_leftovers(filesystem, root, f"shards-{run[:12]}")
+            return held
+        raise CxrRayError(
+            f"--out {storage.shown(uri)}: holds a dataset of other rows; choose another place or give --overwrite"
+        )
+    plan = _plan(records, uri, source, size, f"shards-{run[:12]}")
+    written = _run(records, plan, source, max_quarantined)
+    left_out = [*source.left_out, *_unreadable(records, written, source)]
+    manifest = _manifest(records, written, source, left_out, size=size, run=run)
+    storage.write_atomically(filesystem, f"{root}/{LEFT_OUT}", _left_out_csv(left_out))
+    if size is not None:
+        storage.write_atomically(filesystem, f"{root}/{CONTACT_SHEET}", contact_sheet(manifest, filesystem, root))
+    storage.write_atomically(filesystem, f"{root}/{MANIFEST}", manifest.model_dump_json(indent=2).encode())
+    _remove_leftovers(filesystem, root, plan.run)
+    return manifest
+
+
+def _digest(records: pa.Table, source: Source, size: int | None) -> str:
+    """Digest of everything that decides what the dataset will hold."""
+    decisive = [__version__, size, PIXEL_RECIPE, FINDINGS, source.kind, source.metadata_sha256]
+    digest = hashlib.sha256(json.dumps(decisive).encode())
+    names = ("image_id", "patient_key", "split", "location", "stamp")
+    columns = [records[name].cast(pa.string()).fill_null("") for name in names]
+    for row in pc.binary_join_element_wise(*columns, records["visit"].cast(pa.string()), "\x1f").to_pylist():
+        digest.update(f"{row}\n".encode())
+    for entry in source.left_out:
+        digest.update(f"{entry}\n".encode())
+    return digest.hexdigest()
+
+
+def _plan(records: pa.Table, uri: str, source: Source, size: int | None, run: str) -> ShardPlan:
+    """The plan of a run; one that was begun before, perhaps on another number of CPUs, keeps its rows a shard."""
+    filesystem, root = storage.resolve(uri)
+    filesystem.create_dir(f"{root}/{run}/{OUTCOMES}", recursive=True)
+    layout = f"{root}/{run}/{_LAYOUT}"
+    if storage.exists(filesystem, layout):
+        rows = int(json.loads(storage.read_bytes(filesystem, layout))["rows"])
+    else:
+        largest = _METADATA_SHARD_ROWS if size is None else min(MAX_SHARD_ROWS, MAX_SHARD_BYTES // size**2)
+        rows = int(np.clip(records.num_rows / (_TASKS_PER_CPU * _cluster_cpus()), min(MIN_SHARD_ROWS, largest), largest))
+        storage.write_atomically(filesystem, layout, json.dumps({"rows": rows}).encode())
+    return ShardPlan(storage.absolute(uri), run, rows, size, source.filesystem, source.format)
+
+
+def _cluster_cpus() -> int:
+    import ray  # noqa: PLC0415 - takes a second that other commands need not pay
+
+    return int(ray.cluster_resources().get("CPU", 0)) if ray.is_initialized() else available_cpus()
+
+
+def _tasks(records: pa.Table, rows: int) -> list[pa.Table]:
+    """Rows of each split in random order, cut into tasks of one shard each; a tape archive is one task, read in one go."""
+    archives = np.array([_tape(location) for location in records["location"].to_pylist()], dtype=object)
+    splits = records["split"].to_numpy()
+    pieces: list[np.ndarray] = []
+    for split in SPLITS:
+        chosen = np.random.default_rng(0).permutation(np.flatnonzero((splits == split) & (archives == "")))
+        pieces += [chosen[start : start + rows] for start in range(0, len(chosen), rows)]
+    pieces += [np.flatnonzero(archives == archive) for archive in sorted(set(archives) - {""})]
+    return [
+        records.take(pa.array(piece)).append_column("task", pa.array([number] * len(piece), type=pa.int32()))
+        for number, piece in enumerate(pieces)
+    ]
+
+
+def _tape(location: str | None) -> str:
+    """The archive of a location that can only be read from its beginning; empty for every other file."""
+    parts = archive_and_member(location) if location else None
+    return parts[0] if parts and is_tar(parts[0]) else ""
+
+
+def _run(records: pa.Table, plan: ShardPlan, source: Source, max_quarantined: float) -> _Written:
     import ray.data  # noqa: PLC0415 - takes a second that other commands need not pay
 
-    filesystem, root = storage.resolve(plan.uri)
-    filesystem.create_dir(f"{root}/{plan.run}", recursive=True)
-    tables = [
-        piece.append_column("shard", pa.array([plan.path(split, number)] * piece.num_rows))
-        for split, number, piece in _shuffled_by_split(records)
-    ]
-    results = ray.data.from_arrow(tables).map_batches(
-        _write_shard, fn_kwargs={"plan": plan}, batch_format="pyarrow", batch_size=None, zero_copy_batch=True
+    tasks = without_reservations(ray.data.from_arrow(_tasks(records, plan.rows)))
+    # An outcome is handed on when it is there, not when a block is full of them.
+    tasks.context.target_max_block_size = 1
+    results = tasks.map_batches(
+        write_shards, fn_kwargs={"plan": plan}, batch_format="pyarrow", batch_size=None, zero_copy_batch=True
     )
-    written = _Written(quarantined=list(source.unreadable))
+    written = _Written()
+    found_unreadable = [entry.reason for entry in source.left_out if not entry.refused]
     files = records.num_rows if source.files is None else source.files
+    started = time.monotonic()
     with ProgressReport("ingest", records.num_rows, "images") as progress:
         for row in results.iter_rows():
-            progress.advance(_collect(row, written))
-            check_quarantined(written.quarantined, files, max_quarantined)
+            _collect(Outcome.from_row(row), written)
+            written.seconds = time.monotonic() - started
+            progress.move_to(written.images + len(written.unreadable), rate=written.rate() or 0.0)
+            reasons = found_unreadable or list(written.unreadable.values())
+            unreadable = len(found_unreadable) + len(written.unreadable)
+            check_quarantined(unreadable, files, max_quarantined, reasons[0] if reasons else "")
     if written.images == 0:
         raise CxrRayError("every image is unreadable; check the source")
     return written
 
 
-def _collect(row: dict[str, object], written: _Written) -> int:
-    shard = Shard(path=str(row["path"]), rows=int(str(row["rows"])))
-    if shard.rows:
-        written.shards[str(row["split"])].append(shard)
-    reasons: list[str] = list(row["reasons"])  # type: ignore[call-overload]
-    images: list[str] = list(row["images"])  # type: ignore[call-overload]
-    written.quarantined += [Quarantined(image=image, reason=reason) for image, reason in zip(images, reasons, strict=True)]
-    written.images += shard.rows
-    return shard.rows + len(reasons)
+def _collect(outcome: Outcome, written: _Written) -> None:
+    if outcome.path:
+        written.shards[outcome.split].append(Shard(path=outcome.path, rows=len(outcome.images)))
+    written.unreadable.update((image, reason) for image, reason in outcome.left_out)
+    written.images += len(outcome.images)
+    written.fresh += len(outcome.images) if outcome.fresh else 0
 
 
-def _write_shard(records: pa.Table, plan: _ShardPlan) -> pa.Table:
-    path, split = records["shard"][0].as_py(), records["split"][0].as_py()
-    kept = np.ones(records.num_rows, dtype=bool)
-    images: list[str] = []
-    reasons: list[str] = []
-    columns = {name: records[name] for name in record_schema(None).names}
-    if plan.size is not None and plan.decode is not None:
-        squares = []
-        for row, location in enumerate(records["location"].to_pylist()):
-            try:
-                squares.append(_read_square(plan, location))
-            except ImageError as error:
-                kept[row] = False
-                images.append(records["image_id"][row].as_py())
-                reasons.append(str(error))
-        columns = {name: column.filter(pa.array(kept)) for name, column in columns.items()}
-        if squares:
-            columns["pixels"] = pa.FixedShapeTensorArray.from_numpy_ndarray(np.stack(squares))
-    rows = int(kept.sum())
-    if rows:
-        filesystem, root = storage.resolve(plan.uri)
-        schema = record_schema(plan.size)
-        table = pa.table({name: columns[name] for name in schema.names}, schema=schema)
-        pq.write_table(table, f"{root}/{path}", filesystem=filesystem, use_dictionary=["split", "source", "sex", "view"])
-    text_lists = pa.list_(pa.string())
-    return pa.table(
-        {
-            "path": [path],
-            "split": [split],
-            "rows": [rows],
-            "images": pa.array([images], type=text_lists),
-            "reasons": pa.array([reasons], type=text_lists),
-        }
-    )
+def _unreadable(records: pa.Table, written: _Written, source: Source) -> list[LeftOut]:
+    if not written.unreadable:
+        return []
+    rows = records.filter(pc.is_in(records["image_id"], pa.array(list(written.unreadable))))
+    return [
+        LeftOut(location.removeprefix(f"{source.root}/"), image, written.unreadable[image], refused=False)
+        for image, location in zip(rows["image_id"].to_pylist(), rows["location"].to_pylist(), strict=True)
+    ]
 
 
-def _read_square(plan: _ShardPlan, location: str) -> np.ndarray:
-    if plan.decode is None or plan.size is None:
-        raise AssertionError("a metadata-only dataset has no squares")
-    name = location.removeprefix(f"{plan.root}/") if plan.root else location.rsplit("/", 1)[-1]
-    try:
-        with plan.filesystem.open_input_stream(location) as stream:
-            data = stream.read()
-    except OSError as error:
-        raise ImageError(f"{name}: cannot be read ({str(error).splitlines()[0]}); check the file") from None
-    return stored_square(plan.decode(data, name), plan.size, name)
+def _left_out_csv(left_out: Sequence[LeftOut]) -> bytes:
+    text = io.StringIO()
+    rows = csv.writer(text, lineterminator="\n")
+    rows.writerow(["file", "image", "outcome", "reason"])
+    rows.writerows([entry.file, entry.image, "refused" if entry.refused else "unreadable", entry.reason] for entry in left_out)
+    return text.getvalue().encode()
 
 
-def _manifest(records: pa.Table, written: _Written, source: Source, size: int | None) -> Manifest:
-    left_out = pa.array([entry.image for entry in written.quarantined], type=pa.string())
-    kept = records.filter(pa.compute.invert(pa.compute.is_in(records["image_id"], left_out)))
-    splits = {split: _split(kept, split, written.shards[split]) for split in SPLITS}
+def _manifest(
+    records: pa.Table, written: _Written, source: Source, left_out: Sequence[LeftOut], *, size: int | None, run: str
+) -> Manifest:
+    unreadable = pa.array(list(written.unreadable), type=pa.string())
+    kept = records.filter(pc.invert(pc.is_in(records["image_id"], unreadable)))
+    refused = sum(entry.refused for entry in left_out)
     counts = dict(source.counts)
-    counts |= {"ingested": kept.num_rows, "quarantined": len(written.quarantined), "refused": len(source.refused)}
+    counts |= {"ingested": kept.num_rows, "quarantined": len(left_out) - refused, "refused": refused}
+    rate = written.rate()
     return Manifest(
+        run=run,
         created=datetime.now(UTC),
         code_version=__version__,
         source=source.kind,
         metadata_sha256=source.metadata_sha256,
-        settings=source.settings,
+        settings=_kept(source.settings),
         findings=list(FINDINGS),
         size=size,
         pixel_recipe=None if size is None else dict(PIXEL_RECIPE),
-        splits=splits,
+        splits={split: _split(kept, split, written.shards[split]) for split in SPLITS},
         counts=counts,
-        quarantined=[*written.quarantined, *source.refused],
+        images_per_second=None if rate is None else round(rate, 1),
+        warnings=list(source.warnings),
+        left_out=[LeftOutImage(image=entry.image, reason=entry.reason, refused=entry.refused) for entry in left_out],
     )
 
 
 def _split(records: pa.Table, name: str, shards: list[Shard]) -> Split:
-    rows = records.filter(pa.compute.equal(records["split"], name))
+    rows = records.filter(pc.equal(records["split"], name))
     labels = from_fixed_lists(rows["labels"]) if rows.num_rows else np.zeros((0, len(FINDINGS)), dtype=np.float32)
     labelled = labels[np.isfinite(labels).all(axis=1)]
     prevalence = labelled.mean(axis=0) if len(labelled) else np.zeros(0)
@@ -280,8 +365,12 @@ def _split(records: pa.Table, name: str, shards: list[Shard]) -> Split:
     )
 
 
-def _remove_other_runs(filesystem: fs.FileSystem, root: str, run: str) -> None:
-    """Delete the shards of replaced and interrupted runs, which no manifest lists any more."""
+def _remove_leftovers(filesystem: fs.FileSystem, root: str, run: str) -> None:
+    """Delete what only an unfinished run needs, and the shards of replaced and abandoned runs, which no manifest lists."""
+    if storage.exists(filesystem, f"{root}/{run}/{OUTCOMES}"):
+        filesystem.delete_dir(f"{root}/{run}/{OUTCOMES}")
+    if storage.exists(filesystem, f"{root}/{run}/{_LAYOUT}"):
+        filesystem.delete_file(f"{root}/{run}/{_LAYOUT}")
     for info in filesystem.get_file_info(fs.FileSelector(root)):
         if info.type == fs.FileType.Directory and info.base_name.startswith("shards-") and info.base_name != run:
             filesystem.delete_dir(info.path)

@@ -26,6 +26,7 @@ def write(folder, size=24, **splits):
         rows = sum(shard.rows for shard in listed)
         described[name] = Split(images=rows, patients=rows, labelled=rows, prevalence={}, shards=listed)
     manifest = Manifest(
+        run="0" * 64,
         created=datetime(2026, 1, 2, tzinfo=UTC),
         code_version="0",
         source="test",
@@ -36,7 +37,9 @@ def write(folder, size=24, **splits):
         pixel_recipe=None,
         splits=described,
         counts={},
-        quarantined=[],
+        images_per_second=None,
+        warnings=[],
+        left_out=[],
     )
     (folder / MANIFEST).write_text(manifest.model_dump_json())
     return Dataset(str(folder))
@@ -92,7 +95,7 @@ def test_no_manifest(tmp_path):
         lambda content: content[: len(content) // 2],
         lambda content: b"",
         lambda content: b"\xff\xfe" + content,
-        lambda content: json.dumps(json.loads(content) | {"schema_version": 2}).encode(),
+        lambda content: json.dumps(json.loads(content) | {"schema_version": 1}).encode(),
         lambda content: json.dumps(json.loads(content) | {"unheard_of": 1}).encode(),
         lambda content: json.dumps({key: value for key, value in json.loads(content).items() if key != "splits"}).encode(),
     ],

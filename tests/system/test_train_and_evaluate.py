@@ -147,7 +147,7 @@ def test_real_release_is_ingested_trained_on_resumed_and_evaluated(ray_cluster: 
     manifest = ingest_nih(NihSettings(release=str(real_data / "nih"), out=data, size=64))
     images = {name: split.images for name, split in manifest.splits.items()}
     assert (images["train"] + images["val"], images["test"]) == (690, 219)
-    assert (manifest.counts["rows"], manifest.counts["present"], manifest.quarantined) == (112_120, 909, [])
+    assert (manifest.counts["rows"], manifest.counts["present"], manifest.left_out) == (112_120, 909, [])
     # Processes of their own, which join the cluster that is there.
     environment = {**os.environ, "RAY_ADDRESS": ray.get_runtime_context().gcs_address}
     options = ["--data", data, "--out", run, "--workers", "2", "--epochs", "2"]

@@ -1,0 +1,109 @@
+"""A release and an archive on an S3-compatible server become a dataset there: real sockets, nothing touches a local disk."""
+
+import io
+import subprocess
+import sys
+import tarfile
+import time
+import urllib.request
+import zipfile
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+from nih_release import ROWS, make
+from pyarrow import fs
+
+from cxr_ray import storage
+from cxr_ray.dataset import Dataset
+from cxr_ray.records import SPLITS
+from ingest.contact_sheet import CONTACT_SHEET
+from ingest.dicom import DicomSettings, ingest_dicom
+from ingest.nih import NihSettings, ingest_nih
+from ingest.shards import LEFT_OUT
+
+pytestmark = [pytest.mark.system, pytest.mark.ray]
+
+SECRET = "a-secret-of-the-server"
+
+
+@pytest.fixture(scope="module")
+def bucket(free_port: Callable[[], int], tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[[str], str]]:
+    """URI of a path in a bucket of a server that runs for these tests."""
+    port = free_port()
+    log = (tmp_path_factory.mktemp("s3") / "log").open("w")
+    program = Path(sys.executable).with_name("moto_server")
+    server = subprocess.Popen([program, "-H", "127.0.0.1", "-p", str(port)], stdout=log, stderr=log)
+    try:
+        for _ in range(200):
+            try:
+                urllib.request.urlopen(f"http://127.0.0.1:{port}/moto-api/", timeout=1).close()
+                break
+            except OSError:
+                time.sleep(0.1)
+        options = f"endpoint_override=127.0.0.1%3A{port}&scheme=http&region=us-east-1&allow_bucket_creation=true"
+
+        def uri(path: str) -> str:
+            return f"s3://reader:{SECRET}@radiographs/{path}?{options}"
+
+        filesystem, _ = storage.resolve(uri(""))
+        filesystem.create_dir("radiographs")
+        yield uri
+    finally:
+        server.terminate()
+        server.wait(10)
+        log.close()
+
+
+def upload(folder: Path, uri: str) -> None:
+    filesystem, root = storage.resolve(uri)
+    for path in folder.rglob("*"):
+        if path.is_file():
+            with filesystem.open_output_stream(f"{root}/{path.relative_to(folder)}", compression=None) as stream:
+                stream.write(path.read_bytes())
+
+
+def names(uri: str) -> set[str]:
+    filesystem, root = storage.resolve(uri)
+    infos = filesystem.get_file_info(fs.FileSelector(root, recursive=True))
+    return {info.path.removeprefix(f"{root}/") for info in infos if info.type == fs.FileType.File}
+
+
+def image_ids(uri: str) -> list[str]:
+    dataset = Dataset(uri)
+    held = [split for split in SPLITS if dataset.manifest.splits[split].images]
+    return sorted(name for split in held for name in dataset.read(split, ["image_id"])["image_id"].to_pylist())
+
+
+def test_a_release_with_folders_and_archives(ray_cluster, bucket, tmp_path, capfd):
+    release = make(tmp_path / "release")
+    images = release / "images_001" / "images"
+    with tarfile.open(release / "images_002.tar.gz", "w:gz") as made:
+        for name in ("a0.png", "d1.png"):
+            made.add(images / name, f"images/{name}")
+            (images / name).unlink()
+    upload(release, bucket("nih"))
+    settings = NihSettings(release=bucket("nih"), out=bucket("out/nih"), size=16)
+    manifest = ingest_nih(settings)
+    assert image_ids(bucket("out/nih")) == sorted(row[0] for row in ROWS)
+    shards = {shard.path for split in manifest.splits.values() for shard in split.shards}
+    assert names(bucket("out/nih")) == shards | {"manifest.json", LEFT_OUT, CONTACT_SHEET}
+    assert ingest_nih(settings) == manifest
+    assert SECRET not in manifest.model_dump_json()
+    printed = capfd.readouterr()
+    assert SECRET not in printed.out + printed.err
+
+
+def test_an_archive_of_dicom_files_and_zips(ray_cluster, bucket, real_data, tmp_path, monkeypatch):
+    chests = sorted((real_data / "dicom").glob("chest*.dcm"))
+    zipped = io.BytesIO()
+    with zipfile.ZipFile(zipped, "w") as made:
+        made.write(chests[1], "study/1.dcm")
+    (tmp_path / "archive" / "a").mkdir(parents=True)
+    (tmp_path / "archive" / "a" / "0.dcm").write_bytes(chests[0].read_bytes())
+    (tmp_path / "archive" / "b.zip").write_bytes(zipped.getvalue())
+    upload(tmp_path / "archive", bucket("dicom"))
+    monkeypatch.setenv("CXR_RAY_PATIENT_KEY", "a key of the test's own, long")
+    manifest = ingest_dicom(DicomSettings(source=bucket("dicom"), out=bucket("out/dicom"), size=16))
+    assert manifest.counts["ingested"] == 2
+    assert len(image_ids(bucket("out/dicom"))) == 2
