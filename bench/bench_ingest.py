@@ -215,10 +215,11 @@ def _idle(batch: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
 
 
 class _Memory:
-    """Peaks of the driver's resident memory and of the object store's, in MiB, sampled ten times a second."""
+    """Peaks of the driver's resident memory and of the object store, in MiB, sampled ten times a second."""
 
     def __enter__(self) -> "_Memory":
         self.peaks = {"driver": 0.0, "store": 0.0, "both": 0.0, "workers": 0.0}
+        self._shared_before = _shared_memory()
         self._ended = threading.Event()
         self._thread = threading.Thread(target=self._sample, daemon=True)
         self._thread.start()
@@ -230,15 +231,20 @@ class _Memory:
 
     def _sample(self) -> None:
         while not self._ended.wait(0.1):
-            driver, store, workers = _resident(os.getpid(), "VmRSS"), 0.0, 0.0
+            driver = _resident(os.getpid(), "VmRSS") - _resident(os.getpid(), "RssShmem")
+            store, workers = _shared_memory() - self._shared_before, 0.0
             for process in _descendants(os.getpid()):
                 name = _name(process)
-                if name.startswith("raylet"):
-                    store += _resident(process, "RssShmem")
-                elif name.startswith(("ray::", "python")):
+                if name.startswith(("ray::", "python")):
                     workers += _resident(process, "RssAnon")
             found = {"driver": driver, "store": store, "both": driver + store, "workers": workers}
             self.peaks = {key: round(max(self.peaks[key], value), 1) for key, value in found.items()}
+
+
+def _shared_memory() -> float:
+    """MiB in use of the file system that holds Ray's object store, and the decoders' images with it."""
+    held = os.statvfs("/dev/shm")
+    return (held.f_blocks - held.f_bfree) * held.f_frsize / 2**20
 
 
 def _resident(process: int, field: str) -> float:

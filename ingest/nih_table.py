@@ -259,7 +259,8 @@ def _labels(column: _Column) -> np.ndarray:
         except CxrRayError as error:
             raise CxrRayError(f"{column.path} line {column.lines[(codes == number).argmax()]}: {error}") from None
     labels = encoded[codes]
-    if len(labels) >= _ROWS_TO_TELL and not labels[:, findings.positions(_BEYOND_EIGHT, FINDINGS)].any():
+    beyond_eight = labels[:, findings.positions(_BEYOND_EIGHT, FINDINGS)]
+    if len(labels) >= _ROWS_TO_TELL and labels.any() and not beyond_eight.any():
         raise CxrRayError(
             f"{column.path}: none of its {len(labels)} rows has {', '.join(_BEYOND_EIGHT)}: it holds the eight findings of "
             f"ChestX-ray8; use the table of the fourteen, {RELEASE_TABLE}"

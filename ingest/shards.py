@@ -120,7 +120,7 @@ def claim(uri: str, settings: dict[str, object], *, overwrite: bool) -> None:
     """
     filesystem, root = storage.resolve(uri)
     if storage.exists(filesystem, f"{root}/{MANIFEST}") and not overwrite:
-        held = Dataset(uri).manifest.settings
+        held = _held(uri).settings
         differing = [name for name, value in _kept(settings).items() if held.get(name) != value]
         if differing:
             was = ", ".join(f"{name} {held.get(name)!r}" for name in differing)
@@ -145,6 +145,18 @@ def warm_up() -> None:
 
 def _import_modules() -> None:
     import ray.data  # noqa: F401, PLC0415
+
+
+def _held(uri: str) -> Manifest:
+    """The manifest of the dataset that is there."""
+    try:
+        return Dataset(uri).manifest
+    except CxrRayError as error:
+        problem = str(error).rpartition("; ")[0]
+        raise CxrRayError(
+            f"--out {storage.shown(uri)}: holds a dataset that cannot be read ({problem}); "
+            "choose another place or give --overwrite"
+        ) from None
 
 
 def _kept(settings: dict[str, object]) -> dict[str, object]:
@@ -199,7 +211,7 @@ def write_dataset(
     filesystem, root = storage.resolve(uri)
     run = _digest(records, source, size)
     if storage.exists(filesystem, f"{root}/{MANIFEST}") and not overwrite:
-        held = Dataset(uri).manifest
+        held = _held(uri)
         if held.run == run:
             _remove_leftovers(filesystem, root, f"shards-{run[:12]}")
             return held

@@ -238,6 +238,8 @@ def test_the_eight_findings_of_chest_xray8_are_told_from_the_fourteen():
     assert "Consolidation, Edema, Emphysema, Fibrosis, Pleural_Thickening, Hernia" in message
     assert len(read(*eight_findings(999))) == 999
     assert len(read(*eight_findings(1000), row(image="h.png", follow_up=1000, labels="Hernia"))) == 1001
+    healthy = [row(image=f"{number}.png", follow_up=number, labels="No Finding") for number in range(1000)]
+    assert len(read(*healthy)) == 1000
 
 
 # Wrong values, and where they stand.

@@ -135,6 +135,18 @@ def test_other_rows_need_overwrite(ray_cluster, tmp_path):
     assert len([path for path in (tmp_path / "out").iterdir() if path.is_dir()]) == 1
 
 
+def test_a_dataset_that_cannot_be_read_needs_overwrite(ray_cluster, tmp_path):
+    paths = images(tmp_path / "png", 20)
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / MANIFEST).write_text('{"schema_version": 1}')
+    with pytest.raises(CxrRayError, match=r"cannot be read \(.*Input should be 2\); choose another place or give --overwrite"):
+        ingest.shards.claim(str(tmp_path / "out"), {}, overwrite=False)
+    with pytest.raises(CxrRayError, match=r"cannot be read .*--overwrite"):
+        write(records(paths), tmp_path / "out")
+    write(records(paths), tmp_path / "out", overwrite=True)
+    assert_same(squares(tmp_path / "out"), expected(20))
+
+
 @pytest.mark.parametrize("archive", ["zip", "tar", "tar.gz"])
 def test_members_of_archives_are_rows_like_files(ray_cluster, tmp_path, archive):
     paths = images(tmp_path / "png", 90)
