@@ -143,6 +143,19 @@ def ingest_nih(settings: NihSettings) -> Manifest:
     dumped = settings.model_dump(mode="json")
     claim(settings.out, dumped, overwrite=settings.overwrite)
     warm_up()
+    records, source = _read(settings, dumped)
+    return write_dataset(
+        records,
+        settings.out,
+        source,
+        size=None if settings.metadata_only else settings.size,
+        max_quarantined=settings.max_quarantined,
+        overwrite=settings.overwrite,
+    )
+
+
+def _read(settings: NihSettings, dumped: dict[str, object]) -> tuple[pa.Table, Source]:
+    """The records and their source; what else was read is given back before the first image is decoded."""
     release = read_release(settings.release)
     table = release.table
     split, counts = _splits(release, settings)
@@ -166,11 +179,7 @@ def ingest_nih(settings: NihSettings) -> Manifest:
         counts=counts,
         warnings=table.warnings,
     )
-    records = _records(table, split, images).filter(pa.array(wanted))
-    size = None if settings.metadata_only else settings.size
-    return write_dataset(
-        records, settings.out, source, size=size, max_quarantined=settings.max_quarantined, overwrite=settings.overwrite
-    )
+    return _records(table, split, images).filter(pa.array(wanted)), source
 
 
 def read_release(uri: str) -> Release:
