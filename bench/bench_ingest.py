@@ -293,7 +293,7 @@ def compare(
         ratios["command"].append(pool_seconds / cold["whole"])
     shown = {name: statistics.median(values) for name, values in ratios.items()}
     span = f"{min(ratios['ratio']):.2f} to {max(ratios['ratio']):.2f}"
-    rates = f"{shown['pool']:.0f} | {shown['ingest']:.0f}"
+    rates = f"{shown['pool']:.3g} | {shown['ingest']:.3g}"
     print(
         f"| {title} | {rates} | **{shown['ratio']:.2f}** ({span}) | {shown['cold']:.2f} | {shown['command']:.2f} |", flush=True
     )

@@ -6,7 +6,7 @@ from collections import Counter
 from rich.table import Table
 
 from cxr_ray import storage
-from cxr_ray.dataset import LeftOutImage, Manifest
+from cxr_ray.dataset import LeftOutImage, Manifest, Split
 from cxr_ray.findings import FINDINGS
 from cxr_ray.records import SPLITS
 from cxr_ray.terminal import console, table
@@ -39,11 +39,16 @@ def _splits(title: str, manifest: Manifest) -> Table:
     shown.add_row("patients", *(f"{split.patients:,}" for split in splits))
     shown.add_row("with labels", *(f"{split.labelled:,}" for split in splits))
     shown.add_row("shards", *(f"{len(split.shards):,}" for split in splits), end_section=True)
-    shown.add_row("prevalence", "", "", "")
+    if any(split.prevalence for split in splits):
+        shown.add_row("prevalence", "", "", "")
+        _add_prevalence(shown, splits)
+    return shown
+
+
+def _add_prevalence(shown: Table, splits: list[Split]) -> None:
     for name in FINDINGS:
         prevalence = [split.prevalence.get(name) for split in splits]
         shown.add_row(f"  {name}", *("-" if share is None else f"{share:.2%}" for share in prevalence))
-    return shown
 
 
 def _left_out(entries: list[LeftOutImage]) -> Table:

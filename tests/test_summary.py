@@ -73,6 +73,14 @@ def test_many_reasons_are_cut_and_counted(capsys, monkeypatch):
     assert "3 further reasons" in shown
 
 
+def test_without_labels_there_is_no_prevalence(capsys, monkeypatch):
+    manifest = manifest_of({})
+    splits = {name: split.model_copy(update={"prevalence": {}}) for name, split in manifest.splits.items()}
+    shown = printed(manifest.model_copy(update={"splits": splits}), capsys, monkeypatch)
+    assert "images" in shown
+    assert "Hernia" not in shown
+
+
 def test_metadata_only_has_no_sheet_and_no_rate_to_speak_of(capsys, monkeypatch):
     shown = printed(manifest_of({}, size=None, pixel_recipe=None), capsys, monkeypatch)
     assert "contact-sheet" not in shown
