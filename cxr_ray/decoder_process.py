@@ -26,6 +26,7 @@ from typing import IO, BinaryIO
 
 import numpy as np
 
+from cxr_ray.child_process import answers_apart, start_child
 from cxr_ray.decoding import Format, decode
 from cxr_ray.pixels import DamagedImage, ImageError, OversizedImage, UnsupportedImage, UnusableImage, reason, stored_square
 
@@ -112,10 +113,12 @@ class DecoderProcess:
 
     def _ask(self, question: str) -> None:
         if self._child is None:
-            self._child = self._started()
+            files = [file.fileno() for file in self._files]
+            arguments = (self._kind.value, self._size, self._max_bytes, *files)
+            self._child = start_child("cxr_ray.decoder_process", *arguments, files=files)
         # That a child has ended is noticed where its answer is awaited.
         with contextlib.suppress(BrokenPipeError):
-            self._child.stdin.write(question.encode())  # type: ignore[union-attr]
+            os.write(self._child.stdin.fileno(), question.encode())  # type: ignore[union-attr]
 
     def _receive(self, asked: list[tuple[int, str]]) -> tuple[int, np.ndarray | ImageError]:
         """The answer to the first question; where the child fails, it is replaced and asked the others again."""
@@ -152,21 +155,6 @@ class DecoderProcess:
                 raise DamagedImage(f"ends the decoder ({how}); send the file again")
             parts += part
         return bytes(parts)
-
-    def _started(self) -> "subprocess.Popen[bytes]":
-        files = [file.fileno() for file in self._files]
-        arguments = [self._kind.value, self._size, self._max_bytes, *files]
-        # The child finds the modules where this process, which Ray may have started, does; it decodes with one thread.
-        environment = {"PYTHONPATH": os.pathsep.join(sys.path), "OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1"}
-        return subprocess.Popen(  # noqa: S603 - ourselves
-            [sys.executable, "-m", "cxr_ray.decoder_process", *map(str, arguments)],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.DEVNULL,
-            bufsize=0,
-            pass_fds=files,
-            env=os.environ | environment,
-        )
 
     def _end(self) -> None:
         if self._child is not None:
@@ -223,10 +211,8 @@ def _main(kind: str, size: str, max_bytes: str, *files: str) -> None:
     import cv2  # noqa: PLC0415 - only the child sets its threads
 
     cv2.setNumThreads(1)
-    answers = os.fdopen(os.dup(1), "wb")
-    # What codecs print must not mix with the answers.
-    os.dup2(2, 1)
-    _serve(Format(kind), int(size), int(max_bytes), [int(file) for file in files], sys.stdin.buffer, answers)
+    shared = [int(file) for file in files]
+    _serve(Format(kind), int(size), int(max_bytes), shared, sys.stdin.buffer, answers_apart())
 
 
 if __name__ == "__main__":

@@ -6,12 +6,13 @@ when it has ended. It is asked and answers by a line of JSON and the bytes that 
 """
 
 import json
-import os
 import subprocess
 import sys
 import threading
 from dataclasses import asdict, dataclass
 from typing import Any, BinaryIO
+
+from cxr_ray.child_process import answers_apart, start_child
 
 MAX_SECONDS = 60.0
 
@@ -60,9 +61,7 @@ def decode_isolated(frame: JpegFrame, code_stream: bytes) -> bytes:
 
 def _running_child() -> "subprocess.Popen[bytes]":
     if not _children or _children[0].poll() is not None:
-        command = [sys.executable, "-m", "cxr_ray.isolated_jpeg"]
-        pipe, none = subprocess.PIPE, subprocess.DEVNULL
-        _children[:] = [subprocess.Popen(command, stdin=pipe, stdout=pipe, stderr=none)]  # noqa: S603 - ourselves
+        _children[:] = [start_child("cxr_ray.isolated_jpeg")]
     return _children[0]
 
 
@@ -113,9 +112,7 @@ def _answer(question: dict[str, Any], code_stream: bytes) -> tuple[dict[str, Any
 
 def _serve() -> None:
     """Answer until the parent closes its end, or is gone."""
-    answers = os.fdopen(os.dup(1), "wb")
-    # What GDCM prints must not mix with the answers.
-    os.dup2(2, 1)
+    answers = answers_apart()
     while True:
         try:
             question, code_stream = _read(sys.stdin.buffer)

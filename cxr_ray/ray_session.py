@@ -5,6 +5,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
+from cxr_ray.cpus import available_cpus
+
 # A dataset's blocks and a few batches are all that the object store holds here; the rest of the memory is the workers'.
 LOCAL_OBJECT_STORE_BYTES = 512 * 1024**2
 
@@ -44,6 +46,13 @@ def ray_session(*, local_cpus: int | None = None) -> Iterator[None]:
         yield
     finally:
         ray.shutdown()
+
+
+def cluster_cpus() -> int:
+    """CPUs of the cluster that this process has joined; its own where there is none."""
+    import ray  # noqa: PLC0415 - as above
+
+    return int(ray.cluster_resources().get("CPU", 0)) if ray.is_initialized() else available_cpus()
 
 
 def without_reservations(dataset: Any) -> Any:

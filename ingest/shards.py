@@ -22,14 +22,13 @@ import pyarrow.compute as pc
 from pyarrow import fs
 
 from cxr_ray import __version__, storage
-from cxr_ray.cpus import available_cpus
 from cxr_ray.dataset import MANIFEST, Dataset, LeftOutImage, Manifest, Shard, Split
 from cxr_ray.decoding import Format
 from cxr_ray.errors import CxrRayError
 from cxr_ray.findings import FINDINGS
 from cxr_ray.pixels import PIXEL_RECIPE
 from cxr_ray.progress import ProgressReport
-from cxr_ray.ray_session import without_reservations
+from cxr_ray.ray_session import cluster_cpus, without_reservations
 from cxr_ray.records import SPLITS, from_fixed_lists
 from ingest.contact_sheet import CONTACT_SHEET, contact_sheet
 from ingest.files import archive_and_member, is_tar
@@ -139,7 +138,7 @@ def warm_up() -> None:
 
     if ray.is_initialized():
         import_modules = ray.remote(_import_modules)
-        for _ in range(_cluster_cpus()):
+        for _ in range(cluster_cpus()):
             import_modules.remote()
 
 
@@ -252,15 +251,9 @@ def _plan(records: pa.Table, uri: str, source: Source, size: int | None, run: st
         rows = int(json.loads(storage.read_bytes(filesystem, layout))["rows"])
     else:
         largest = _METADATA_SHARD_ROWS if size is None else min(MAX_SHARD_ROWS, MAX_SHARD_BYTES // size**2)
-        rows = int(np.clip(records.num_rows / (_TASKS_PER_CPU * _cluster_cpus()), min(MIN_SHARD_ROWS, largest), largest))
+        rows = int(np.clip(records.num_rows / (_TASKS_PER_CPU * cluster_cpus()), min(MIN_SHARD_ROWS, largest), largest))
         storage.write_atomically(filesystem, layout, json.dumps({"rows": rows}).encode())
     return ShardPlan(storage.absolute(uri), run, rows, size, source.filesystem, source.format)
-
-
-def _cluster_cpus() -> int:
-    import ray  # noqa: PLC0415 - takes a second that other commands need not pay
-
-    return int(ray.cluster_resources().get("CPU", 0)) if ray.is_initialized() else available_cpus()
 
 
 def _tasks(records: pa.Table, rows: int) -> list[pa.Table]:
