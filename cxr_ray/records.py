@@ -7,8 +7,9 @@ from math import isqrt
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 
-from cxr_ray.clinical import ClinicalInputs
+from cxr_ray.clinical import ClinicalInputs, Encoding, PastVisits
 from cxr_ray.findings import FINDINGS
 
 SPLITS = ("train", "val", "test")
@@ -42,7 +43,20 @@ _METADATA_FIELDS = (
     pa.field("split", pa.string(), nullable=False),
     pa.field("source", pa.string(), nullable=False),
 )
-CLINICAL_COLUMNS = ("age_years", "sex", "view", "history_ever")
+_PAPER_COLUMNS = ("age_years", "sex", "view", "history_ever")
+_LATEST = ("history_last", "history_last_2", "history_last_3")
+_LATEST_VIEWS = ("history_last_view", "history_last_2_view", "history_last_3_view")
+_PAST_COLUMNS = (
+    "history_count",
+    "history_age_gap",
+    "history_fraction",
+    "history_decayed_80",
+    "history_decayed_50",
+    "history_no_finding",
+    "history_ap",
+    *_LATEST,
+    *_LATEST_VIEWS,
+)
 
 
 def record_schema(size: int | None) -> pa.Schema:
@@ -87,22 +101,43 @@ def from_fixed_lists(column: pa.ChunkedArray | pa.Array) -> np.ndarray:
     return unpacked
 
 
+def _numbers(column: pa.ChunkedArray | pa.Array) -> np.ndarray:
+    """A column of nullable numbers as float32, shape (N,), NaN where null."""
+    return pc.cast(column, pa.float32()).to_numpy(zero_copy_only=False)
+
+
 def _one_of(column: pa.ChunkedArray, one: str, zero: str) -> np.ndarray:
-    text = column.to_numpy(zero_copy_only=False) if isinstance(column, pa.Array) else column.to_numpy()
-    values = np.full(len(text), np.nan, dtype=np.float32)
-    values[text == one] = 1.0
-    values[text == zero] = 0.0
-    return values
+    # A column without a single text may have come without a type.
+    return _numbers(pc.index_in(pc.cast(column, pa.string()), value_set=pa.array([zero, one])))
 
 
-def clinical_inputs(table: pa.Table) -> ClinicalInputs:
-    """The clinical values of a table that has `CLINICAL_COLUMNS`."""
-    age = table["age_years"].to_numpy()
+def clinical_columns(encoding: Encoding) -> tuple[str, ...]:
+    """The columns of a shard that `clinical_inputs` reads for an encoding."""
+    return _PAPER_COLUMNS if encoding == "paper" else (*_PAPER_COLUMNS, *_PAST_COLUMNS)
+
+
+def clinical_inputs(table: pa.Table, encoding: Encoding = "paper") -> ClinicalInputs:
+    """The clinical values of a table that has `clinical_columns(encoding)`; those of the paper's encoding have no `past`."""
     return ClinicalInputs(
-        age_years=np.asarray(age, dtype=np.float32),
+        age_years=_numbers(table["age_years"]),
         male=_one_of(table["sex"], "M", "F"),
         ap=_one_of(table["view"], "AP", "PA"),
         ever=from_fixed_lists(table["history_ever"]),
+        past=_past_visits(table) if encoding == "rich" else None,
+    )
+
+
+def _past_visits(table: pa.Table) -> PastVisits:
+    return PastVisits(
+        count=_numbers(table["history_count"]),
+        age_gap=_numbers(table["history_age_gap"]),
+        fraction=from_fixed_lists(table["history_fraction"]),
+        decayed_80=from_fixed_lists(table["history_decayed_80"]),
+        decayed_50=from_fixed_lists(table["history_decayed_50"]),
+        no_finding=_numbers(table["history_no_finding"]),
+        ap=_numbers(table["history_ap"]),
+        last=np.stack([from_fixed_lists(table[name]) for name in _LATEST], axis=1),
+        last_ap=np.stack([_one_of(table[name], "AP", "PA") for name in _LATEST_VIEWS], axis=1),
     )
 
 

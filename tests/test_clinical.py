@@ -9,10 +9,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from cxr_ray.clinical import (
-    PAPER_WIDTH,
     ClinicalInputs,
+    ClinicalLayout,
     ClinicalStatistics,
-    encode_paper,
+    encode,
     fit_statistics,
     from_request,
     withheld,
@@ -21,13 +21,21 @@ from cxr_ray.errors import CxrRayError
 from cxr_ray.findings import FINDINGS
 
 NAN = float("nan")
+PAPER = ClinicalLayout()
 STATISTICS = ClinicalStatistics(
     age_mean=47.0, age_std=16.0, male_mean=0.56, ap_mean=0.4, ever_mean=tuple(index / 100 for index in range(14))
 )
 
+# A mean for each number of the rich history, told apart by its place.
+MEANS = replace(STATISTICS, past_mean=tuple((1 + place) / 1000 for place in range(111)))
+
 
 def inputs(age, male, ap, ever):
     return ClinicalInputs(*(np.array(values, dtype=np.float32) for values in (age, male, ap, ever)))
+
+
+def encode_paper(values, statistics):
+    return encode(values, statistics, PAPER)
 
 
 def three():
@@ -41,7 +49,7 @@ def three():
 def test_the_seventeen_numbers_by_hand():
     encoded = encode_paper(three(), STATISTICS)
     assert encoded.dtype == np.float32
-    assert encoded.shape == (3, PAPER_WIDTH) == (3, 17)
+    assert encoded.shape == (3, PAPER.width) == (3, 17)
     np.testing.assert_allclose(encoded[0], [1.0, 1, 1, 0, 0, 0, 0, 1, 0, 0, 0, 0, 0, 0, 0, 0, 1])
     np.testing.assert_allclose(encoded[1], [-1.0, 0, 0] + [0] * 14)
 
@@ -112,7 +120,14 @@ def test_standardised_ages_have_mean_zero_and_deviation_one():
 
 
 def test_statistics_survive_json():
-    assert ClinicalStatistics.from_json(json.loads(json.dumps(asdict(STATISTICS)))) == STATISTICS
+    for statistics in (STATISTICS, MEANS):
+        assert ClinicalStatistics.from_json(json.loads(json.dumps(asdict(statistics)))) == statistics
+
+
+def test_statistics_of_bundles_from_before_the_rich_encoding_are_read():
+    values = asdict(STATISTICS)
+    del values["past_mean"]
+    assert ClinicalStatistics.from_json(values) == STATISTICS
 
 
 @pytest.mark.parametrize(
@@ -128,6 +143,10 @@ def test_statistics_survive_json():
         {"ever_mean": [0.1] * 13 + [NAN]},
         {"ever_mean": 0.1},
         {"ever_mean": ["much"] * 14},
+        {"past_mean": [0.1] * 110},
+        {"past_mean": [0.1] * 110 + [NAN]},
+        {"past_mean": []},
+        {"past_mean": 0.1},
     ],
 )
 def test_unusable_statistics_are_refused(change):

@@ -13,7 +13,16 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from cxr_ray.records import clinical_inputs, fixed_lists, from_fixed_lists, pixel_array, pixel_column, record_schema
+from cxr_ray.clinical import ClinicalInputs, ClinicalLayout, ClinicalStatistics, encode
+from cxr_ray.records import (
+    clinical_columns,
+    clinical_inputs,
+    fixed_lists,
+    from_fixed_lists,
+    pixel_array,
+    pixel_column,
+    record_schema,
+)
 
 PLAIN_READER = """
 import hashlib, json, sys
@@ -152,9 +161,69 @@ def test_clinical_inputs_tell_unknown_from_zero(pixels):
     np.testing.assert_array_equal(read.ever[0], [1, 0, 0, 1, 0, 0, 1, 0, 0, 1, 0, 0, 1, 0])
 
 
-def test_clinical_inputs_of_chunked_columns(pixels):
+def test_the_past_is_read_only_where_it_is_asked_for(pixels):
+    table = record_table(pixels)
+    assert clinical_inputs(table).past is None
+    past = clinical_inputs(table, "rich").past
+    for values in vars(past).values():
+        assert values.dtype == np.float32
+        assert np.isnan(values[1::2]).all()
+    np.testing.assert_array_equal(past.count[::2], [0, 0, 0])
+    np.testing.assert_allclose(past.age_gap[::2], [0, 1.2, 2.4])
+    np.testing.assert_allclose(past.no_finding[::2], [0, 0.4, 0.8])
+    np.testing.assert_allclose(past.ap[::2], [1, 0.6, 0.2])
+    np.testing.assert_array_equal(past.last_ap[::2], [[0] * 3, [1] * 3, [1] * 3])
+    flags = np.array([1, 0, 0, 1, 0, 0, 1, 0, 0, 1, 0, 0, 1, 0])
+    np.testing.assert_array_equal(past.last[0], [flags] * 3)
+    for shares in (past.fraction, past.decayed_80, past.decayed_50):
+        np.testing.assert_array_equal(shares[0], flags / 4)
+
+
+def test_each_column_of_the_past_is_read_into_its_own_place():
+    """A single row in which no two columns agree."""
+    lists = ("history_ever", "history_last", "history_last_2", "history_last_3", *_SHARES)
+    columns = {name: fixed_lists(np.eye(14, dtype=np.float32)[place : place + 1]) for place, name in enumerate(lists)}
+    numbers = {"history_count": 5, "history_age_gap": 1.5, "history_no_finding": 0.25, "history_ap": 0.75}
+    views = dict(zip(_VIEWS, ("AP", None, "PA"), strict=True))
+    stated = {"age_years": 61.0, "sex": "F", "view": "AP"} | numbers | views
+    read = clinical_inputs(pa.table(columns | {name: pa.array([value]) for name, value in stated.items()}), "rich")
+    past = read.past
+    assert (read.age_years, read.male, read.ap) == (61, 0, 1)
+    assert (past.count, past.age_gap, past.no_finding, past.ap) == (5, 1.5, 0.25, 0.75)
+    np.testing.assert_array_equal(past.last_ap, [[1, np.nan, 0]])
+    read_lists = (read.ever[0], *past.last[0], past.fraction[0], past.decayed_80[0], past.decayed_50[0])
+    assert [int(values.argmax()) for values in read_lists] == list(range(7))
+
+
+@pytest.mark.parametrize("encoding", ["paper", "rich"])
+def test_clinical_columns_are_what_is_read(pixels, encoding):
+    table = record_table(pixels).select(clinical_columns(encoding))
+    assert len(clinical_inputs(table, encoding)) == 6
+    for name in clinical_columns(encoding):
+        with pytest.raises(KeyError, match=name):
+            clinical_inputs(table.drop_columns([name]), encoding)
+
+
+def test_all_of_the_history_is_read_by_the_rich_encoding():
+    history = {name for name in record_schema(None).names if name.startswith("history_")}
+    assert {"age_years", "sex", "view"} | history == set(clinical_columns("rich"))
+
+
+@pytest.mark.parametrize("encoding", ["paper", "rich"])
+@pytest.mark.parametrize("rows", [0, 6])
+def test_clinical_inputs_of_chunked_columns(pixels, encoding, rows):
+    table = record_table(pixels).slice(0, rows)
+    cut = pa.concat_tables([table.slice(0, 1), table.slice(1, 3), table.slice(4)])
+    statistics = ClinicalStatistics(48.0, 16.5, 0.56, 0.4, (0.1,) * 14, (0.2,) * 111)
+    one, other = (encode(clinical_inputs(each, encoding), statistics, ClinicalLayout(encoding)) for each in (table, cut))
+    assert len(one) == rows
+    np.testing.assert_array_equal(one, other)
+    parts = [clinical_inputs(each, encoding) for each in (cut.slice(0, 2), cut.slice(2))]
+    joined = encode(ClinicalInputs.concatenate(parts), statistics, ClinicalLayout(encoding))
+    np.testing.assert_array_equal(one, joined)
+
+
+def test_pixels_of_chunked_columns(pixels):
     table = record_table(pixels)
     cut = pa.concat_tables([table.slice(0, 1), table.slice(1, 3), table.slice(4)])
-    for one, other in zip(vars(clinical_inputs(table)).values(), vars(clinical_inputs(cut)).values(), strict=True):
-        np.testing.assert_array_equal(one, other)
     np.testing.assert_array_equal(pixel_array(cut["pixels"]), pixels)

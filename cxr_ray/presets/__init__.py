@@ -1,59 +1,32 @@
 """Presets: the published systems and ours, one file each.
 
-`build` makes the untrained network of a preset; the file of each preset names its source, its split, its published AUCs and
-what had to be assumed.
+`build` makes the network of a preset; the file of each names its source, its split, its published AUCs and what had to be
+assumed.
 """
 
-from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
 
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file
-from torch import nn
 
-from cxr_ray import vision
+from cxr_ray.clinical import ClinicalLayout, Encoding
 from cxr_ray.errors import CxrRayError, UsageError
-from cxr_ray.findings import FINDINGS
-from cxr_ray.presets import multi_input
+from cxr_ray.presets import (
+    baltruschat2018,
+    beyond,
+    chexnet,
+    clinical_only,
+    guendel2018,
+    multi_input,
+    wang2017,
+    yao2017,
+)
+from cxr_ray.presets.preset import Network, NetworkOptions, Preset
 
-Encoding = Literal["paper", "none"]
-
-
-@dataclass(frozen=True)
-class Preset:
-    """A network and where it comes from.
-
-    Attributes
-    ----------
-    make
-        Makes the network; True if the clinical branch is wanted.
-    published_auc
-        Finding to AUC, as the source prints it, on the split that `split` names.
-    """
-
-    name: str
-    source: str
-    split: str
-    published_auc: dict[str, float]
-    assumed: tuple[str, ...]
-    make: Callable[[bool], nn.Module]
-
-
-PRESETS = {
-    preset.name: preset
-    for preset in (
-        Preset(
-            name="multi-input",
-            source=multi_input.SOURCE,
-            split=multi_input.SPLIT,
-            published_auc=dict(zip(FINDINGS, multi_input.PUBLISHED_AUC, strict=True)),
-            assumed=multi_input.ASSUMED,
-            make=lambda clinical: multi_input.MultiInput(clinical=clinical),
-        ),
-    )
+PRESETS: dict[str, Preset] = {
+    module.PRESET.name: module.PRESET
+    for module in (multi_input, wang2017, yao2017, chexnet, baltruschat2018, guendel2018, clinical_only, beyond)
 }
 
 
@@ -70,15 +43,43 @@ def find(name: str) -> Preset:
     return PRESETS[name]
 
 
-def build(name: str, *, init: str = "random", encoding: Encoding = "paper") -> nn.Module:
-    """The network of a preset: ``forward(images float32 (N, 3, H, W), clinical float32 (N, 17)) -> logits (N, 14)``.
+def options(
+    preset: Preset,
+    *,
+    variant: str | None = None,
+    meta: bool | None = None,
+    history: bool | None = None,
+    encoding: Encoding | None = None,
+) -> NetworkOptions:
+    """A user's choice, and the source's where the user left it open.
+
+    Raises
+    ------
+    UsageError
+        If the preset has no such variant, or nothing is left for the network to read.
+    """
+    published = preset.layout
+    layout = ClinicalLayout(
+        encoding=published.encoding if encoding is None else encoding,
+        meta=published.meta if meta is None else meta,
+        history=published.history if history is None else history,
+    )
+    if variant is not None and variant not in preset.variants:
+        raise UsageError(
+            f"setting 'variant' is {variant!r}: preset {preset.name} has {', '.join(preset.variants)}; use one of them"
+        )
+    if preset.published_size is None and layout.width == 0:
+        raise UsageError(f"preset {preset.name} reads no image: leave it meta or history")
+    return NetworkOptions(layout, variant or preset.variants[0])
+
+
+def build(name: str, chosen: NetworkOptions | None = None, *, init: str = "random") -> Network:
+    """The network of a preset; without `chosen`, as its source has it.
 
     Parameters
     ----------
     init
         "random", "imagenet" (torchvision's weights, downloaded once), or the path of a bundle or weights file.
-    encoding
-        "paper" for the 17 clinical numbers, "none" for the image alone.
 
     Raises
     ------
@@ -87,15 +88,16 @@ def build(name: str, *, init: str = "random", encoding: Encoding = "paper") -> n
     CxrRayError
         If the weights cannot be had or do not fit.
     """
-    model = find(name).make(encoding != "none")
+    preset = find(name)
+    model = preset.make(chosen if chosen is not None else options(preset))
     if init == "imagenet":
-        vision.load_imagenet_weights(model.get_submodule("features"))  # type: ignore[arg-type]
+        model.load_imagenet()
     elif init != "random":
         _load_weights(model, Path(init))
     return model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
 
 
-def _load_weights(model: nn.Module, path: Path) -> None:
+def _load_weights(model: Network, path: Path) -> None:
     file = path / "model.safetensors" if path.is_dir() else path
     try:
         if file.suffix == ".safetensors":
@@ -113,11 +115,11 @@ def _load_weights(model: nn.Module, path: Path) -> None:
         )
     own = model.state_dict()
     fitting = {name: tensor for name, tensor in state.items() if name in own and own[name].shape == tensor.shape}
-    backbone = [name for name in own if name.startswith("features.")]
-    absent = [name for name in backbone if name not in fitting]
+    wanted = [name for name in own if name.startswith(model.backbone)] if model.backbone else list(own)
+    absent = [name for name in wanted if name not in fitting]
     if absent:
         raise CxrRayError(
-            f"init {path}: holds {len(backbone) - len(absent)} of the backbone's {len(backbone)} tensors "
+            f"init {path}: holds {len(wanted) - len(absent)} of the {len(wanted)} tensors that the network starts from "
             f"(first absent: {absent[0]}); give weights of the same backbone"
         )
     model.load_state_dict(fitting, strict=False)
