@@ -3,6 +3,7 @@
 import json
 import sys
 from collections.abc import Callable
+from typing import Any
 
 import typer
 from rich import box
@@ -15,14 +16,18 @@ from cxr_ray.settings import Settings, as_yaml
 console = Console(soft_wrap=True, highlight=False, markup=False)
 
 
+# Boxes leave a description twenty columns of a terminal's eighty.
+_PLAIN: dict[str, Any] = {"add_completion": False, "pretty_exceptions_enable": False, "rich_markup_mode": None}
+
+
 def command_group(help_text: str) -> typer.Typer:
     """A Typer application whose errors reach `cxr_ray.console` as they are."""
-    return typer.Typer(help=help_text, no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)
+    return typer.Typer(help=help_text, no_args_is_help=True, **_PLAIN)
 
 
 def single_command(function: Callable[..., None]) -> typer.Typer:
     """A Typer application of one command without a name of its own."""
-    app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
+    app = typer.Typer(**_PLAIN)
     app.command()(function)
     return app
 
@@ -42,7 +47,14 @@ def print_json(value: object) -> None:
 
 def table(title: str, columns: list[tuple[str, bool]]) -> Table:
     """A plain table; each column is its heading and whether it holds numbers."""
-    made = Table(title=title, title_justify="left", title_style="bold", box=box.SIMPLE_HEAD, pad_edge=False)
+    made = Table(
+        title=title or None,
+        title_justify="left",
+        title_style="bold",
+        box=box.SIMPLE_HEAD,
+        pad_edge=False,
+        show_header=any(heading for heading, _ in columns),
+    )
     for heading, numeric in columns:
         made.add_column(heading, justify="right" if numeric else "left", no_wrap=numeric, overflow="fold")
     return made

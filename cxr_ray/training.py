@@ -1,151 +1,218 @@
-"""The training step: settings, schedule, augmentation, one optimiser step, and scoring a batch.
+"""The training step: schedule, optimiser, one step, and scoring a batch.
 
 Nothing here knows of Ray: the step runs, and can be measured, wherever torch is.
 """
 
+import contextlib
+import hashlib
 import math
-from dataclasses import dataclass
-from typing import Literal
+import struct
+from collections.abc import Sequence
+from dataclasses import dataclass, field
 
 import torch
-from pydantic import Field
 from torch import nn
-from torch.nn import functional as F
+from torch.nn.parallel import DistributedDataParallel
 
 from cxr_ray import vision
-from cxr_ray.losses import ClassWeights, weighted_bce
-from cxr_ray.presets import Encoding
-from cxr_ray.settings import Settings
+from cxr_ray.augmentation import augment, views
+from cxr_ray.ema import AveragedWeights
+from cxr_ray.losses import Loss
+from cxr_ray.presets.preset import Network
+from cxr_ray.train_settings import Schedule, TrainSettings, Views
 
-
-class TrainSettings(Settings):
-    """Settings of `cxr-ray train`."""
-
-    data: str = Field(description="Dataset to train on: the folder or URI that 'cxr-ray ingest' wrote.")
-    out: str = Field(description="Folder or URI of the run; the bundle is written to OUT/bundle.")
-    preset: str = Field("multi-input", description="Network.")
-    encoding: Encoding = Field("paper", description="Clinical inputs: 'paper' for the 17 numbers, 'none' for the image alone.")
-    init: str = Field("random", description="Initial weights: 'random', 'imagenet', or a bundle or weights file.")
-    workers: int = Field(1, ge=1, description="Training processes (DDP), one a GPU where there are GPUs.")
-    gpu: bool = Field(default=False, description="Give each worker a GPU.")
-    cpus_per_worker: float = Field(
-        0.5, gt=0, description="Logical CPUs reserved for a worker; leave some of the cluster's to the data readers."
-    )
-    epochs: int = Field(10, ge=1, description="Passes over the training split.")
-    batch_size: int = Field(32, ge=1, description="Images an optimiser step, over all workers.")
-    learning_rate: float = Field(1e-3, gt=0, description="AdamW's peak learning rate.")
-    head_rate: float = Field(
-        10.0, gt=0, description="Learning rate of clinical branch and last layer, as a multiple of the backbone's."
-    )
-    weight_decay: float = Field(0.01, ge=0, description="AdamW's weight decay; 0 turns it off.")
-    warmup: float = Field(0.1, ge=0, lt=1, description="Share of the run in which the learning rate rises; 0 turns it off.")
-    augment: float = Field(1.0, ge=0, description="Strength of flips, shifts, turns and contrast; 0 turns augmentation off.")
-    precision: Literal["bf16", "float32"] = Field("bf16", description="Arithmetic of forward and backward pass.")
-    select: Literal["best", "last"] = Field(
-        "best", description="Checkpoint that becomes the bundle: best validation AUC, or the last (few validation images)."
-    )
-    seed: int = Field(0, ge=0, description="Seed of weights, order and augmentation.")
-    shuffle_buffer: int = Field(
-        2048, ge=0, description="Images among which the next is drawn; 0 keeps the order of the shards."
-    )
-    max_failures: int = Field(
-        3, ge=0, description="Lost workers to survive by going on from the last checkpoint; 0 fails at once."
-    )
-    resume: bool = Field(default=False, description="Go on with the run that OUT holds.")
+# A plateau is an epoch without a better validation loss after one that was already no better (CheXNet's patience of 1).
+_PLATEAU_PATIENCE = 1
+_PLATEAU_FACTOR = 0.1
+_MOMENTUM = 0.9
 
 
 @dataclass(frozen=True)
 class Batch:
-    """What one step reads: pixels uint8 (N, H, W), clinical float32 (N, K), labels float32 (N, 14) with NaN for unknown."""
+    """What one step reads.
+
+    Attributes
+    ----------
+    pixels
+        Stored squares, uint8, shape (N, H, W); (N, 0, 0) where the network reads none.
+    clinical
+        float32, shape (N, K).
+    labels
+        float32, shape (N, 14), NaN for unknown.
+    rows
+        Positions of the images in their split, int64, shape (N,).
+    """
 
     pixels: torch.Tensor
     clinical: torch.Tensor
     labels: torch.Tensor
+    rows: torch.Tensor
+
+    def __len__(self) -> int:
+        return len(self.labels)
 
     def to(self, device: torch.device) -> "Batch":
-        """The same batch on a device."""
-        return Batch(*(tensor.to(device, non_blocking=True) for tensor in (self.pixels, self.clinical, self.labels)))
+        """The same batch on a device; `rows` stay where they are."""
+        pixels, clinical, labels = (
+            tensor.to(device, non_blocking=True) for tensor in (self.pixels, self.clinical, self.labels)
+        )
+        return Batch(pixels, clinical, labels, self.rows)
+
+    def parts(self, number: int) -> "list[Batch]":
+        """The batch cut into `number` parts of nearly equal size."""
+        cut = zip(*(torch.tensor_split(tensor, number) for tensor in vars(self).values()), strict=True)
+        return [Batch(*tensors) for tensors in cut if len(tensors[0])]
 
 
-def learning_rate_factor(progress: float, warmup: float) -> float:
-    """Linear warm-up to 1, then a cosine to 0; `progress` runs from 0 to 1 over the whole run, whatever the world size."""
-    if progress < warmup:
-        return progress / warmup
-    return 0.5 * (1 + math.cos(math.pi * (progress - warmup) / (1 - warmup)))
+@dataclass(frozen=True)
+class Moment:
+    """Where in a run a step is.
+
+    Attributes
+    ----------
+    progress
+        Share of the run that is done, 0 to 1, whatever the number of workers.
+    seed
+        Seed of everything that is drawn in this step on this worker.
+    plateaus
+        How often the schedule has divided the learning rate.
+    """
+
+    progress: float
+    seed: int
+    plateaus: int = 0
 
 
-def make_optimizer(model: nn.Module, settings: TrainSettings) -> torch.optim.Optimizer:
-    """AdamW that leaves biases and normalisation out of the weight decay and lets what is not backbone learn faster."""
-    groups: dict[tuple[float, float], list[nn.Parameter]] = {}
-    for name, parameter in model.named_parameters():
-        rate_factor = 1.0 if name.startswith("features.") else settings.head_rate
-        decay = settings.weight_decay if parameter.ndim > 1 else 0.0
-        groups.setdefault((rate_factor, decay), []).append(parameter)
-    return torch.optim.AdamW(
-        [
-            {"params": parameters, "weight_decay": decay, "rate_factor": rate_factor}
-            for (rate_factor, decay), parameters in groups.items()
-        ],
-        lr=settings.learning_rate,
-    )
-
-
-def augment(images: torch.Tensor, strength: float, generator: torch.Generator) -> torch.Tensor:
-    """Random mirror, turn (5 degrees), shift (4 %), scale (5 %) and contrast (10 %) of each image, times `strength`.
+def step_seed(seed: int, epoch: int, images: int, rank: int) -> int:
+    """Seed of a worker's step: the same in every run with this seed, so that a resumed run draws what it would have drawn.
 
     Parameters
     ----------
     images
-        float32, shape (N, 3, H, W).
-    generator
-        A CPU generator: the draws do not depend on the device.
+        Images of the epoch that came before, over all workers.
     """
-    if strength == 0:
-        return images
+    key = struct.pack("<4q", seed, epoch, images, rank)
+    return int.from_bytes(hashlib.blake2b(key, digest_size=8).digest(), "little") >> 1
 
-    def drawn(limit: float) -> torch.Tensor:
-        return (torch.rand(len(images), generator=generator) * 2 - 1) * limit * strength
 
-    angle, scale = drawn(math.radians(5)), 1 + drawn(0.05)
-    mirror = 1 - 2 * (torch.rand(len(images), generator=generator) < 0.5).float()
-    shift_x, shift_y = drawn(0.08), drawn(0.08)
-    rows = torch.stack(
-        [
-            torch.stack([mirror * scale * angle.cos(), -scale * angle.sin(), shift_x], dim=1),
-            torch.stack([mirror * scale * angle.sin(), scale * angle.cos(), shift_y], dim=1),
-        ],
-        dim=1,
-    )
-    grid = F.affine_grid(rows.to(images.device), list(images.shape), align_corners=False)
-    moved = F.grid_sample(images[:, :1], grid, padding_mode="border", align_corners=False)
-    contrast = (1 + drawn(0.10)).to(images.device)
-    moved = moved * contrast[:, None, None, None]
-    return moved.expand(-1, 3, -1, -1).contiguous(memory_format=torch.channels_last)
+def learning_rate_factor(progress: float, warmup: float, schedule: Schedule = "cosine", plateaus: int = 0) -> float:
+    """Linear warm-up to 1, then what the schedule says; `progress` runs from 0 to 1 over the whole run."""
+    if progress < warmup:
+        return progress / warmup
+    if schedule == "cosine":
+        return 0.5 * (1 + math.cos(math.pi * (progress - warmup) / (1 - warmup)))
+    return _PLATEAU_FACTOR**plateaus if schedule == "plateau" else 1.0
+
+
+def count_plateaus(val_losses: Sequence[float]) -> int:
+    """How often the plateau schedule has divided the rate after epochs with these validation losses."""
+    plateaus, waited, best = 0, 0, math.inf
+    for loss in val_losses:
+        if loss < best:
+            best, waited = loss, 0
+            continue
+        waited += 1
+        if waited > _PLATEAU_PATIENCE:
+            plateaus, waited = plateaus + 1, 0
+    return plateaus
+
+
+def out_of_patience(val_aucs: Sequence[float], patience: int) -> bool:
+    """Whether the last `patience` epochs brought no better validation AUC than one before them; never where patience is 0."""
+    if not patience or len(val_aucs) <= patience:
+        return False
+    return max(val_aucs[-patience:]) <= max(val_aucs[:-patience])
+
+
+def make_optimizer(model: Network, settings: TrainSettings) -> torch.optim.Optimizer:
+    """The optimiser: biases, normalisation and scales without decay; `head_rate` times the rate outside the backbone."""
+    groups: dict[tuple[float, float], list[nn.Parameter]] = {}
+    for name, parameter in model.named_parameters():
+        in_backbone = bool(model.backbone) and name.startswith(model.backbone)
+        # A number a channel, in whatever shape: a bias, a normalisation, ConvNeXt's scale of a layer.
+        is_vector = parameter.numel() == max(parameter.shape, default=1)
+        decay = 0.0 if is_vector else settings.weight_decay
+        groups.setdefault((1.0 if in_backbone else settings.head_rate, decay), []).append(parameter)
+    described = [
+        {"params": parameters, "weight_decay": decay, "rate_factor": rate_factor}
+        for (rate_factor, decay), parameters in groups.items()
+    ]
+    if settings.optimizer == "sgd":
+        return torch.optim.SGD(described, lr=settings.learning_rate, momentum=_MOMENTUM)
+    kind = torch.optim.AdamW if settings.optimizer == "adamw" else torch.optim.Adam
+    return kind(described, lr=settings.learning_rate)
 
 
 @dataclass
 class TrainingStep:
-    """One optimiser step on one worker; the model may be wrapped by DDP."""
+    """One optimiser step on one worker.
+
+    Attributes
+    ----------
+    model
+        The network, which may be wrapped by DDP.
+    precision
+        "bf16" or "float32".
+    size
+        Pixels an edge that the network sees; None for the stored ones.
+    """
 
     model: nn.Module
     optimizer: torch.optim.Optimizer
-    weights: ClassWeights
+    loss: Loss
     settings: TrainSettings
-    generator: torch.Generator
+    precision: str
+    size: int | None = None
+    averaged: AveragedWeights | None = None
+    generator: torch.Generator = field(default_factory=torch.Generator)
 
-    def __call__(self, batch: Batch, progress: float) -> torch.Tensor:
-        """Run the step at `progress` (0 to 1 over the run); return the loss as a detached scalar."""
-        for group in self.optimizer.param_groups:
-            rate = self.settings.learning_rate * group["rate_factor"]
-            group["lr"] = rate * learning_rate_factor(progress, self.settings.warmup)
-        images = augment(vision.as_input(batch.pixels), self.settings.augment, self.generator)
-        with autocast(images.device, self.settings.precision):
-            logits = self.model(images, batch.clinical)
-        loss = weighted_bce(logits, batch.labels, self.weights)
+    def __call__(self, batch: Batch, moment: Moment) -> torch.Tensor:
+        """Run the step; return the loss, a detached scalar on the device."""
+        settings = self.settings
+        self._set_rates(moment)
+        torch.manual_seed(moment.seed)
+        self.generator.manual_seed(moment.seed)
         self.optimizer.zero_grad(set_to_none=True)
-        loss.backward()
+        parts = batch.parts(settings.accumulate)
+        losses = []
+        for number, part in enumerate(parts, start=1):
+            # DDP sums the gradients of all workers once a step, with the last part.
+            with self._without_exchange() if number < len(parts) else contextlib.nullcontext():
+                losses.append(self._backward(part, len(part) / len(batch)))
+        if settings.clip:
+            torch.nn.utils.clip_grad_norm_(self.model.parameters(), settings.clip)
         self.optimizer.step()
+        if self.averaged is not None:
+            self.averaged.update()
+        return torch.stack(losses).sum()
+
+    def _backward(self, batch: Batch, share: float) -> torch.Tensor:
+        images = vision.as_input(batch.pixels, self.size)
+        images = augment(images, self.settings.augmentation, self.settings.augment, self.generator)
+        with autocast(images.device, self.precision):
+            logits = self.model(images, batch.clinical, batch.labels)
+        loss = self.loss(logits, batch.labels) * share
+        loss.backward()
         return loss.detach()
+
+    def _without_exchange(self) -> contextlib.AbstractContextManager[None]:
+        return self.model.no_sync() if isinstance(self.model, DistributedDataParallel) else contextlib.nullcontext()
+
+    def _set_rates(self, moment: Moment) -> None:
+        settings = self.settings
+        factor = learning_rate_factor(moment.progress, settings.warmup, settings.schedule, moment.plateaus)
+        for group in self.optimizer.param_groups:
+            group["lr"] = settings.learning_rate * group["rate_factor"] * factor
+
+
+def choose_precision(wanted: str, device: torch.device) -> str:
+    """The arithmetic for "auto": bf16 where the processor multiplies it natively, else float32, which is faster there."""
+    if wanted != "auto":
+        return wanted
+    if device.type == "cuda":
+        return "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "float32"
+    capabilities = torch.cpu.get_capabilities() if hasattr(torch.cpu, "get_capabilities") else {}
+    return "bf16" if capabilities.get("avx512_bf16") or capabilities.get("amx_bf16") else "float32"
 
 
 def autocast(device: torch.device, precision: str) -> torch.autocast:
@@ -154,10 +221,43 @@ def autocast(device: torch.device, precision: str) -> torch.autocast:
 
 
 @torch.inference_mode()
-def probabilities(model: nn.Module, pixels: torch.Tensor, clinical: torch.Tensor, precision: str) -> torch.Tensor:
-    """Probabilities (float32, shape (N, 14)) of a batch of stored squares (uint8, shape (N, H, W)), in evaluation mode."""
-    model.eval()
-    images = vision.as_input(pixels)
+def logits_of(model: nn.Module, pixels: torch.Tensor, clinical: torch.Tensor, precision: str, size: int | None) -> torch.Tensor:
+    """Logits (float32, shape (N, 14)) of a batch of stored squares, the model in evaluation mode."""
+    images = vision.as_input(pixels, size)
     with autocast(images.device, precision):
-        logits = model(images, clinical)
-    return logits.float().sigmoid()
+        return model(images, clinical).float()
+
+
+@torch.inference_mode()
+def probabilities(
+    model: nn.Module,
+    pixels: torch.Tensor,
+    clinical: torch.Tensor,
+    precision: str,
+    *,
+    size: int | None = None,
+    tta: Views = "none",
+) -> torch.Tensor:
+    """Probabilities of a batch of stored squares, in evaluation mode.
+
+    Parameters
+    ----------
+    pixels
+        uint8, shape (N, H, W).
+    clinical
+        float32, shape (N, K).
+    size
+        Pixels an edge that the network sees; None for the stored ones.
+    tta
+        Test-time augmentation: the mean over so many views of each image.
+
+    Returns
+    -------
+    torch.Tensor
+        float32, shape (N, 14).
+    """
+    model.eval()
+    images = vision.as_input(pixels, size)
+    with autocast(images.device, precision):
+        seen = [model(view, clinical).float().sigmoid() for view in views(images, tta)]
+    return torch.stack(seen).mean(dim=0)
