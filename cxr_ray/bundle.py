@@ -18,11 +18,11 @@ from safetensors.torch import load, save
 from torch import nn
 
 from cxr_ray import __version__, presets, storage
-from cxr_ray.clinical import ClinicalStatistics
+from cxr_ray.clinical import ClinicalLayout, ClinicalStatistics
 from cxr_ray.errors import CxrRayError
 from cxr_ray.findings import FINDINGS
 from cxr_ray.pixels import PIXEL_RECIPE
-from cxr_ray.presets import Encoding
+from cxr_ray.presets.preset import Network, NetworkOptions
 
 DESCRIPTION = "bundle.json"
 WEIGHTS = "model.safetensors"
@@ -32,20 +32,24 @@ CARD = "MODEL_CARD.md"
 class BundleDescription(BaseModel):
     """Content of ``bundle.json``.
 
+    `size` is that of the stored squares, `input_size` that of the network's input, which may be smaller. `layout` says which
+    clinical numbers the network reads.
     `files` maps the other files to their SHA-256; `digest` is the SHA-256 of this description without `digest`, and thereby
     identifies the whole bundle.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
-    format_version: Literal[1] = 1
+    format_version: Literal[2] = 2
     name: str
     version: str
     created: datetime
     code_version: str
     preset: str
-    encoding: Encoding
-    size: int
+    variant: str
+    layout: ClinicalLayout
+    size: int | None
+    input_size: int | None
     findings: list[str]
     statistics: dict[str, object]
     pixel_recipe: dict[str, object]
@@ -68,7 +72,40 @@ class Bundle:
 
     description: BundleDescription
     statistics: ClinicalStatistics
-    model: nn.Module
+    model: Network
+
+    @property
+    def layout(self) -> ClinicalLayout:
+        """The clinical numbers that the network reads."""
+        return self.description.layout
+
+    def require_images(self) -> int:
+        """Pixels an edge of the stored squares that the network reads.
+
+        Raises
+        ------
+        CxrRayError
+            If it reads no image.
+        """
+        return required_size(self.description)
+
+    @property
+    def input_size(self) -> int | None:
+        """Pixels an edge that the network sees; None without images."""
+        return self.description.input_size
+
+
+def required_size(description: BundleDescription) -> int:
+    """Pixels an edge of the stored squares that a bundle's network reads.
+
+    Raises
+    ------
+    CxrRayError
+        If it reads no image.
+    """
+    if description.size is None:
+        raise CxrRayError(f"bundle {description.name} {description.version} reads no image; give one that does")
+    return description.size
 
 
 def write_bundle(uri: str, model: nn.Module, description: BundleDescription) -> BundleDescription:
@@ -123,6 +160,8 @@ def _read_verified(uri: str) -> tuple[BundleDescription, bytes]:
     try:
         description = BundleDescription.model_validate_json(content)
     except (ValidationError, UnicodeDecodeError) as error:
+        if isinstance(error, ValidationError) and error.errors()[0]["loc"] == ("format_version",):
+            raise CxrRayError(f"{path}: is a bundle of another release; use that release, or train again") from None
         reason = error.errors()[0]["msg"] if isinstance(error, ValidationError) else str(error)
         raise CxrRayError(f"{path}: damaged ({' '.join(reason.split())}); copy the bundle again") from None
     # The bytes too: a changed byte may leave the meaning, as 't' for 'T' in a time does.
@@ -150,7 +189,7 @@ def load_bundle(uri: str) -> Bundle:
         raise CxrRayError(f"{uri}: was trained on other findings ({', '.join(description.findings)}); train again")
     if description.pixel_recipe != PIXEL_RECIPE:
         raise CxrRayError(f"{uri}: was trained on pixels of another recipe; use the release that wrote it or train again")
-    model = presets.build(description.preset, encoding=description.encoding)
+    model = presets.build(description.preset, NetworkOptions(description.layout, description.variant))
     try:
         state = load(weights)
         model.load_state_dict(state)
@@ -165,8 +204,9 @@ def load_bundle(uri: str) -> Bundle:
 def describe(
     *,
     preset: str,
-    encoding: Encoding,
-    size: int,
+    network: NetworkOptions,
+    size: int | None,
+    input_size: int | None,
     statistics: dict[str, object],
     thresholds: dict[str, float],
     validation: dict[str, object],
@@ -181,8 +221,10 @@ def describe(
         created=now,
         code_version=__version__,
         preset=preset,
-        encoding=encoding,
+        variant=network.variant,
+        layout=network.layout,
         size=size,
+        input_size=input_size,
         findings=list(FINDINGS),
         statistics=statistics,
         pixel_recipe=PIXEL_RECIPE,
@@ -194,15 +236,32 @@ def describe(
     )
 
 
+def inputs_in_words(description: BundleDescription) -> str:
+    """What the network of a bundle reads."""
+    layout = description.layout
+    read = []
+    if description.input_size is not None:
+        read.append(f"image of {description.input_size} x {description.input_size} pixels")
+    if layout.meta:
+        read.append("age, sex, view")
+    if layout.history:
+        read.append("findings of earlier visits")
+    numbers = f" ({layout.width} clinical numbers, {layout.encoding} encoding)" if layout.width else ""
+    return f"{', '.join(read)}{numbers}"
+
+
+def _variant(description: BundleDescription) -> str:
+    return "" if description.variant == "default" else f", variant {description.variant}"
+
+
 def model_card(description: BundleDescription) -> str:
     """The model card: what the network is, what it was trained on and what it must not be used for."""
     preset = presets.find(description.preset)
-    inputs = "image only" if description.encoding == "none" else "image, age, sex, view, findings of earlier visits"
     rows = "\n".join(f"| {name} | {value:.4f} |" for name, value in description.thresholds.items())
     return f"""# Model card: {description.name} {description.version}
 
-- Network: preset `{preset.name}` ({preset.source})
-- Inputs: {inputs}; image {description.size} x {description.size} pixels
+- Network: preset `{preset.name}`{_variant(description)} ({preset.source})
+- Inputs: {inputs_in_words(description)}
 - Assumed where the source is silent: {"; ".join(preset.assumed)}
 - Trained with cxr-ray {description.code_version} on the dataset with manifest SHA-256 `{description.dataset_digest}`
 - Mean AUC on the validation split: {description.validation.get("auc", float("nan")):.4f}

@@ -5,7 +5,6 @@ was interrupted, one that was replaced) is not part of the dataset, whatever lie
 """
 
 import hashlib
-from collections.abc import Iterator
 from datetime import datetime
 from typing import Literal
 
@@ -15,6 +14,7 @@ from pyarrow import fs
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from cxr_ray import storage
+from cxr_ray.epoch_order import RowGroup
 from cxr_ray.errors import CxrRayError
 
 MANIFEST = "manifest.json"
@@ -132,12 +132,26 @@ class Dataset:
             )
         return table
 
-    def batches(self, name: str, columns: list[str], rows: int) -> Iterator[pa.Table]:
-        """A split in batches of at most `rows`, always in the same order; a batch does not span shards."""
-        for path in self.paths(name):
-            with self.filesystem.open_input_file(path) as stream:
-                for batch in pq.ParquetFile(stream).iter_batches(batch_size=rows, columns=columns):
-                    yield pa.Table.from_batches([batch])
+    def row_groups(self, name: str) -> list[RowGroup]:
+        """The row groups of a split.
+
+        All groups of a dataset have the same number of rows but the last of each file, so one file's footer tells them all.
+
+        Raises
+        ------
+        CxrRayError
+            If that file is absent or damaged.
+        """
+        shards = self.split(name).shards
+        rows = _group_rows(self.filesystem, f"{self.root}/{max(shards, key=lambda shard: shard.rows).path}")
+        groups: list[RowGroup] = []
+        first = 0
+        for shard in shards:
+            for index, begin in enumerate(range(0, shard.rows, rows)):
+                count = min(rows, shard.rows - begin)
+                groups.append(RowGroup(f"{self.root}/{shard.path}", index, count, first))
+                first += count
+        return groups
 
     def require_pixels(self) -> int:
         """The pixel size.
@@ -150,6 +164,13 @@ class Dataset:
         if self.manifest.size is None:
             raise CxrRayError(f"{self.uri}: holds metadata only; ingest without --metadata-only to train on images")
         return self.manifest.size
+
+
+def _group_rows(filesystem: fs.FileSystem, path: str) -> int:
+    try:
+        return int(pq.read_metadata(path, filesystem=filesystem).row_group(0).num_rows)
+    except (OSError, pa.ArrowException) as error:
+        raise CxrRayError(f"{path}: cannot be read ({str(error).splitlines()[0]}); ingest again") from None
 
 
 def read_shard(filesystem: fs.FileSystem, path: str, columns: list[str]) -> pa.Table:

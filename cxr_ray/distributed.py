@@ -5,36 +5,47 @@ checkpoint.
 """
 
 import json
+import math
+import os
 import threading
+import time
 from collections.abc import Callable, Iterator
 from dataclasses import asdict
 from pathlib import Path
 
-import ray
-import ray.data
 import ray.train
-import torch
-import yaml
-from ray.train import CheckpointConfig, DataConfig, FailureConfig, RunConfig, ScalingConfig
+from ray.train import CheckpointConfig, FailureConfig, RunConfig, ScalingConfig
 from ray.train.torch import TorchTrainer
 from ray.util.queue import Empty, Queue
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from cxr_ray import presets, storage
 from cxr_ray.bundle import BundleDescription, describe, read_description, write_bundle
 from cxr_ray.clinical import ClinicalStatistics, fit_statistics
 from cxr_ray.dataset import Dataset
 from cxr_ray.errors import CxrRayError
-from cxr_ray.losses import class_weights
-from cxr_ray.progress import ProgressReport
-from cxr_ray.records import CLINICAL_COLUMNS, clinical_inputs, from_fixed_lists
-from cxr_ray.settings import as_yaml
+from cxr_ray.losses import class_weights, prior_log_odds
+from cxr_ray.placement import check_placement, lacking
+from cxr_ray.presets.preset import NetworkOptions
+from cxr_ray.recipe import check_data, network_options, resolve
+from cxr_ray.records import clinical_columns, clinical_inputs, from_fixed_lists
+from cxr_ray.run_folder import begin_run, check_run
+from cxr_ray.run_history import RunHistory
+from cxr_ray.shard_rows import ShardReader
+from cxr_ray.tracking import trackers_for
 from cxr_ray.train_events import TrainEvent
-from cxr_ray.train_worker import STATE, VALIDATION, WorkerTask, train_worker
-from cxr_ray.training import TrainSettings
+from cxr_ray.train_settings import TrainSettings
+from cxr_ray.train_state import VALIDATION, judged
+from cxr_ray.train_worker import WorkerTask, train_worker
+from cxr_ray.training_picture import training_picture
 
 BUNDLE = "bundle"
-RUN_SETTINGS = "settings.yaml"
+PICTURE = "training.png"
 _RUN_NAME = "train"
+_SECONDS_TO_PLACE = 30.0
+# How long workers of a range work before it is looked at whether there is room for more of them.
+RESIZE_SECONDS_VARIABLE = "CXR_RESIZE_SECONDS"
+_SECONDS_BETWEEN_RESIZES = 60.0
 
 
 def train(settings: TrainSettings, watch: Callable[[TrainEvent], None]) -> BundleDescription:
@@ -47,32 +58,34 @@ def train(settings: TrainSettings, watch: Callable[[TrainEvent], None]) -> Bundl
 
     Raises
     ------
+    UsageError
+        If the settings contradict each other or the preset.
     CxrRayError
         If the dataset or the run does not allow it, or training fails more often than `max_failures`.
     """
-    presets.find(settings.preset)
-    settings = _with_absolute_paths(settings)
+    settings = _with_absolute_paths(resolve(settings))
     dataset = Dataset(settings.data)
-    size = dataset.require_pixels()
-    _check_labelled(dataset)
-    _check_resources(settings)
-    _prepare_run(settings)
-    metadata = dataset.read("train", [*CLINICAL_COLUMNS, "labels"])
-    statistics = fit_statistics(clinical_inputs(metadata))
-    events = Queue(actor_options={"num_cpus": 0})
-    task = WorkerTask(
-        settings=settings,
-        statistics=statistics,
-        weights=class_weights(from_fixed_lists(metadata["labels"])),
-        train_images=dataset.split("train").images,
-        val_images=dataset.split("val").images,
-        events=events,
-    )
+    network = network_options(settings)
+    check_data(settings, dataset)
+    check_placement(settings.worker_range[0], _worker_resources(settings))
+    check_run(settings)
+    history = RunHistory(settings.out)
+    follower = _Follower(settings, history, watch)
+    begin_run(settings)
+    task, statistics = _task(settings, dataset, network)
+    failure: str | None = "interrupted"
+    uri: str | None = None
     try:
-        result = _fit(_trainer(task, dataset), events, watch)
+        result = _fit(_trainer(task), task.events, follower)
+        description = _write_best(result, settings, dataset, network, statistics)
+        failure, uri = None, storage.child(settings.out, BUNDLE)
+    except CxrRayError as error:
+        failure = str(error)
+        raise
     finally:
-        events.shutdown(force=True)
-    return _write_best(result, settings, dataset, statistics, size)
+        task.events.shutdown(force=True)
+        follower.finish(uri, failure)
+    return description
 
 
 def _with_absolute_paths(settings: TrainSettings) -> TrainSettings:
@@ -82,96 +95,107 @@ def _with_absolute_paths(settings: TrainSettings) -> TrainSettings:
     return settings.model_copy(update=paths)
 
 
-def show_training(event: TrainEvent, progress: ProgressReport, epochs: int) -> None:
-    """Show an event of training on a terminal or in a log."""
-    if event.kind == "start":
-        progress.set_total(event.images_total)
-        begins = "training" if event.epoch == 1 else f"going on from the checkpoint of epoch {event.epoch - 1}"
-        progress.say(f"{begins}, {len(event.pids)} workers (processes {', '.join(map(str, event.pids))})")
-        progress.move_to(event.images)
-    elif event.kind == "step":
-        progress.move_to(event.images, f"epoch {event.epoch}/{epochs}, loss {event.loss:.4f}", rate=event.rate)
-    else:
-        progress.move_to(event.images)
-        progress.say(f"epoch {event.epoch}/{epochs}: loss {event.loss:.4f}, validation AUC {event.auc:.3f}")
+def _task(settings: TrainSettings, dataset: Dataset, network: NetworkOptions) -> tuple[WorkerTask, ClinicalStatistics]:
+    layout = network.layout
+    metadata = dataset.read("train", [*clinical_columns(layout.encoding), "labels"])
+    statistics = fit_statistics(clinical_inputs(metadata, layout.encoding))
+    labels = from_fixed_lists(metadata["labels"])
+    size = None if presets.find(settings.preset).published_size is None else dataset.require_pixels()
+    train_reader, val_reader = (
+        ShardReader(dataset.filesystem, tuple(dataset.row_groups(split)), size, layout, statistics)
+        for split in ("train", "val")
+    )
+    task = WorkerTask(
+        settings=settings,
+        network=network,
+        train=train_reader,
+        val=val_reader,
+        train_images=dataset.split("train").images,
+        val_images=dataset.split("val").images,
+        weights=class_weights(labels, settings.weight_cap),
+        prior=prior_log_odds(labels) if settings.prior_bias else None,
+        events=_queue_beside_the_driver(),
+    )
+    return task, statistics
 
 
-def _check_labelled(dataset: Dataset) -> None:
-    for name in ("train", "val"):
-        if dataset.split(name).labelled == 0:
-            raise CxrRayError(f"{dataset.uri}: split {name} has no labelled image; ingest with labels")
+def _queue_beside_the_driver() -> Queue:
+    """Anywhere else it would be lost with another node, and the run with it."""
+    here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
+    return Queue(actor_options={"num_cpus": 0, "scheduling_strategy": here})
 
 
-def _check_resources(settings: TrainSettings) -> None:
-    """Refuse at once what Ray would wait for endlessly."""
-    available = ray.cluster_resources()
-    wanted = settings.workers * settings.cpus_per_worker
-    if wanted >= available.get("CPU", 0):
-        raise CxrRayError(
-            f"setting 'workers' is {settings.workers} with {settings.cpus_per_worker} CPUs each, the cluster has "
-            f"{available.get('CPU', 0):.0f} and the data readers need some; lower workers or cpus_per_worker"
-        )
-    if settings.gpu and settings.workers > available.get("GPU", 0):
-        raise CxrRayError(
-            f"setting 'workers' is {settings.workers} with a GPU each, the cluster has {available.get('GPU', 0):.0f}; "
-            "lower workers or leave out --gpu"
-        )
+def _worker_resources(settings: TrainSettings) -> dict[str, float]:
+    return {"CPU": settings.cpus_per_worker} | ({"GPU": 1.0} if settings.gpu else {})
 
 
-def _prepare_run(settings: TrainSettings) -> None:
-    """A run's folder is new, or the one to go on with."""
-    filesystem, root = storage.resolve(settings.out)
-    earlier = storage.exists(filesystem, f"{root}/{RUN_SETTINGS}")
-    if earlier and not settings.resume:
-        raise CxrRayError(f"--out {settings.out}: holds a run already; choose another folder or go on with --resume")
-    if settings.resume and not earlier:
-        raise CxrRayError(f"--out {settings.out}: holds no run to resume; leave out --resume")
-    if earlier:
-        _check_same_run(settings, storage.read_bytes(filesystem, f"{root}/{RUN_SETTINGS}").decode())
-    filesystem.create_dir(root, recursive=True)
-    storage.write_atomically(filesystem, f"{root}/{RUN_SETTINGS}", as_yaml(settings).encode())
-
-
-def _check_same_run(settings: TrainSettings, earlier_yaml: str) -> None:
-    earlier = yaml.safe_load(earlier_yaml)
-    now = settings.model_dump(mode="json")
-    for name in ("preset", "encoding", "data", "batch_size", "epochs"):
-        if earlier.get(name) != now[name]:
-            raise CxrRayError(
-                f"--resume: setting {name!r} is {now[name]!r}, the run in {settings.out} has {earlier.get(name)!r}; "
-                "give the same, or start a new run"
-            )
-
-
-def _trainer(task: WorkerTask, dataset: Dataset) -> TorchTrainer:
+def _trainer(task: WorkerTask) -> TorchTrainer:
     settings = task.settings
     filesystem, root = storage.resolve(settings.out)
-    images = ray.data.read_parquet(
-        dataset.paths("train"),
-        filesystem=dataset.filesystem,
-        shuffle=ray.data.FileShuffleConfig(seed=settings.seed, reseed_after_execution=True),
-    )
+    fewest, most = settings.worker_range
     return TorchTrainer(
         train_worker,
         train_loop_config={"task": task},
-        datasets={"train": images.select_columns(["pixels", "labels", *CLINICAL_COLUMNS])},
-        dataset_config=DataConfig(datasets_to_split=["train"]),
         scaling_config=ScalingConfig(
-            num_workers=settings.workers,
+            num_workers=most if fewest == most else (fewest, most),
             use_gpu=settings.gpu,
-            resources_per_worker={"CPU": settings.cpus_per_worker} | ({"GPU": 1} if settings.gpu else {}),
+            resources_per_worker=_worker_resources(settings),
+            elastic_resize_monitor_interval_s=float(os.environ.get(RESIZE_SECONDS_VARIABLE, _SECONDS_BETWEEN_RESIZES)),
         ),
         run_config=RunConfig(
             name=_RUN_NAME,
             storage_path=root,
             storage_filesystem=filesystem,
             failure_config=FailureConfig(max_failures=settings.max_failures),
-            checkpoint_config=CheckpointConfig(num_to_keep=2, checkpoint_score_attribute="val_auc"),
+            checkpoint_config=CheckpointConfig(num_to_keep=settings.keep, checkpoint_score_attribute="val_auc"),
         ),
     )
 
 
-def _fit(trainer: TorchTrainer, events: Queue, watch: Callable[[TrainEvent], None]) -> ray.train.Result:
+class _Follower:
+    """Passes events on to whoever watches, the trackers and the run's history, and keeps why the run cannot go on."""
+
+    def __init__(self, settings: TrainSettings, history: RunHistory, watch: Callable[[TrainEvent], None]) -> None:
+        self.failure: str | None = None
+        self.placed = False
+        self._settings, self._history, self._watch = settings, history, watch
+        self._trackers = trackers_for(settings, self.notice)
+        # Before anything is trained: a tracker that cannot be reached is told while somebody is still looking.
+        self._trackers.start(settings, len(history.results) + 1)
+
+    def __call__(self, event: TrainEvent) -> None:
+        if event.kind == "placed":
+            self.placed = True
+            return
+        if event.kind == "start":
+            self._trackers.start(self._settings, event.epoch)
+        elif event.kind == "step":
+            self._trackers.step(event)
+        elif event.kind == "epoch" and event.result is not None:
+            self._history.add(event.result)
+            self._trackers.epoch(event)
+            self._draw()
+        elif event.kind == "failed":
+            self.failure = event.text
+        self._watch(event)
+
+    def notice(self, text: str) -> None:
+        """Tell something that no worker said."""
+        self._watch(TrainEvent("notice", 1, text=text))
+
+    def finish(self, bundle_uri: str | None, failure: str | None) -> None:
+        """Close the trackers."""
+        aucs = [result.val_auc for result in self._history.results if math.isfinite(result.val_auc)]
+        best = max(aucs, default=math.nan)
+        self._trackers.finish({"best_val_auc": best}, bundle_uri, failure)
+
+    def _draw(self) -> None:
+        filesystem, root = storage.resolve(self._settings.out)
+        picture = training_picture(self._history.results, f"{self._settings.preset}, {storage.shown(self._settings.data)}")
+        storage.write_atomically(filesystem, f"{root}/{PICTURE}", picture)
+
+
+def _fit(trainer: TorchTrainer, events: Queue, follower: _Follower) -> ray.train.Result:
     outcome: list[ray.train.Result | Exception] = []
 
     def fit() -> None:
@@ -182,10 +206,18 @@ def _fit(trainer: TorchTrainer, events: Queue, watch: Callable[[TrainEvent], Non
 
     thread = threading.Thread(target=fit, name="trainer", daemon=True)
     thread.start()
+    waits_since: float | None = time.monotonic()
     while True:
         alive = thread.is_alive()
         for event in _pending(events):
-            watch(event)
+            follower(event)
+        if follower.placed:
+            waits_since = None
+        elif waits_since is not None and time.monotonic() - waits_since > _SECONDS_TO_PLACE:
+            waits_since = None
+            workers = trainer.scaling_config.min_workers
+            if asked := lacking(workers, dict(trainer.scaling_config.resources_per_worker or {})):
+                follower.notice(f"still waiting for {asked}")
         if not alive:
             break
         thread.join(timeout=0.2)
@@ -196,6 +228,8 @@ def _fit(trainer: TorchTrainer, events: Queue, watch: Callable[[TrainEvent], Non
         ) from result
     if result.error is not None:
         raise CxrRayError(f"training failed: {_reason(result.error)}; mend it and go on with --resume") from result.error
+    if follower.failure is not None:
+        raise CxrRayError(f"training failed: {follower.failure}")
     return result
 
 
@@ -217,29 +251,37 @@ def _reason(error: Exception) -> str:
 
 
 def _write_best(
-    result: ray.train.Result, settings: TrainSettings, dataset: Dataset, statistics: ClinicalStatistics, size: int
+    result: ray.train.Result,
+    settings: TrainSettings,
+    dataset: Dataset,
+    network: NetworkOptions,
+    statistics: ClinicalStatistics,
 ) -> BundleDescription:
     by = "val_auc" if settings.select == "best" else "epoch"
-    checkpoint, _ = max(result.best_checkpoints, key=lambda pair: pair[1][by])
-    model = presets.build(settings.preset, encoding=settings.encoding)
+    # A checkpoint taken in the middle of an epoch was not validated.
+    validated = [pair for pair in result.best_checkpoints if pair[1]["val_auc"] >= 0]
+    checkpoint, _ = max(validated, key=lambda pair: pair[1][by])
+    uri = storage.child(settings.out, BUNDLE)
     with checkpoint.as_directory() as folder:
-        model.load_state_dict(torch.load(Path(folder) / STATE, map_location="cpu", weights_only=True)["model"])
         validation = json.loads((Path(folder) / VALIDATION).read_text())
-    thresholds = validation.pop("thresholds")
-    uri = f"{settings.out.rstrip('/')}/{BUNDLE}"
-    if settings.resume and (finished := _bundle_of(uri, validation, dataset)) is not None:
-        return finished
-    description = describe(
-        preset=settings.preset,
-        encoding=settings.encoding,
-        size=size,
-        statistics=asdict(statistics),
-        thresholds=thresholds,
-        validation=validation,
-        settings=settings.model_dump(mode="json"),
-        dataset_digest=dataset.digest,
-    )
-    return write_bundle(uri, model, description)
+        thresholds = validation.pop("thresholds")
+        if settings.resume and (finished := _bundle_of(uri, validation, dataset)) is not None:
+            return finished
+        reads_images = presets.find(settings.preset).published_size is not None
+        size = dataset.require_pixels() if reads_images else None
+        description = describe(
+            preset=settings.preset,
+            network=network,
+            size=size,
+            input_size=settings.input_size or size,
+            statistics=asdict(statistics),
+            thresholds=thresholds,
+            validation=validation,
+            settings=settings.model_dump(mode="json"),
+            dataset_digest=dataset.digest,
+        )
+        with judged(presets.build(settings.preset, network), Path(folder), settings.ema) as model:
+            return write_bundle(uri, model, description)
 
 
 def _bundle_of(uri: str, validation: dict[str, object], dataset: Dataset) -> BundleDescription | None:

@@ -6,44 +6,25 @@ The split has to be complete: every row that the manifest counts is scored exact
 import json
 from dataclasses import asdict, dataclass
 from functools import lru_cache
-from typing import Literal
 
 import numpy as np
 import pyarrow as pa
 import ray.data
-from pydantic import Field
 
-from cxr_ray import storage
+from cxr_ray import presets, storage
 from cxr_ray.bundle import BundleDescription, load_bundle, read_description
-from cxr_ray.clinical import withheld
+from cxr_ray.clinical import Encoding, withheld
 from cxr_ray.cpus import available_cpus
 from cxr_ray.dataset import Dataset
 from cxr_ray.engines import TorchEngine
-from cxr_ray.errors import CxrRayError
+from cxr_ray.errors import CxrRayError, UsageError
+from cxr_ray.evaluate_settings import EvaluateSettings
 from cxr_ray.findings import FINDINGS
 from cxr_ray.progress import ProgressReport
-from cxr_ray.records import CLINICAL_COLUMNS, clinical_inputs, fixed_lists, from_fixed_lists, pixel_array
+from cxr_ray.records import clinical_columns, clinical_inputs, fixed_lists, from_fixed_lists, pixel_array
 from cxr_ray.report import roc_picture
 from cxr_ray.scoring import AurocScores, score_auroc
-from cxr_ray.settings import Settings
-
-Withhold = Literal["nothing", "clinical"]
-
-
-class EvaluateSettings(Settings):
-    """Settings of `cxr-ray evaluate`."""
-
-    bundle: str = Field(description="Folder or URI of the bundle.")
-    data: str = Field(description="Folder or URI of the dataset.")
-    split: Literal["train", "val", "test"] = Field("test", description="Split to score.")
-    out: str | None = Field(None, description="Folder or URI for evaluation.json and roc.png; none are written without it.")
-    withhold: Withhold = Field("nothing", description="'clinical' treats age, sex, view and history as unknown: an ablation.")
-    resamples: int = Field(1000, ge=100, le=100_000, description="Bootstrap resamples of patients.")
-    batch_size: int = Field(64, ge=1, description="Images a forward pass.")
-    workers: int = Field(1, ge=1, description="Processes that run the network.")
-    cpus_per_worker: float = Field(1.0, gt=0, description="Logical CPUs reserved for a process.")
-    gpu: bool = Field(default=False, description="Give each process a GPU.")
-    seed: int = Field(0, ge=0, description="Seed of the bootstrap.")
+from cxr_ray.train_settings import Views
 
 
 @dataclass(frozen=True)
@@ -83,6 +64,7 @@ class Evaluation:
             "trained_on_this_dataset": self.bundle.dataset_digest == self.dataset_digest,
             "split": self.settings.split,
             "withheld": self.settings.withhold,
+            "test_time_augmentation": self.settings.tta,
             "images": self.scores.images,
             "patients": self.scores.patients,
             "interval": f"95 % percentile bootstrap, {self.scores.resamples} resamples of patients",
@@ -96,21 +78,22 @@ def _finite(value: float) -> float | None:
 
 
 @lru_cache(maxsize=1)
-def _engine(uri: str, threads: int | None) -> TorchEngine:
+def _engine(uri: str, threads: int | None, tta: Views) -> TorchEngine:
     """The network, loaded once in each process of the pool."""
-    return TorchEngine(load_bundle(uri), threads=threads)
+    return TorchEngine(load_bundle(uri), threads=threads, tta=tta)
 
 
-def _predict(batch: pa.Table, settings: EvaluateSettings) -> pa.Table:
-    inputs = clinical_inputs(batch)
+def _predict(batch: pa.Table, settings: EvaluateSettings, encoding: Encoding) -> pa.Table:
+    inputs = clinical_inputs(batch, encoding)
     if settings.withhold == "clinical":
         inputs = withheld(inputs)
     threads = None if settings.gpu else max(1, available_cpus() // settings.workers)
-    predicted = _engine(settings.bundle, threads).predict(pixel_array(batch["pixels"]), inputs)
+    pixels = pixel_array(batch["pixels"]) if "pixels" in batch.column_names else np.empty((len(inputs), 0, 0), dtype=np.uint8)
+    predicted = _engine(settings.bundle, threads, settings.tta).predict(pixels, inputs)
     return batch.select(["image_id", "patient_key", "labels"]).append_column("probabilities", fixed_lists(predicted))
 
 
-def predict_split(settings: EvaluateSettings, dataset: Dataset) -> Predictions:
+def predict_split(settings: EvaluateSettings, bundle: BundleDescription, dataset: Dataset) -> Predictions:
     """Score every image of a split on Ray Data.
 
     Raises
@@ -118,11 +101,13 @@ def predict_split(settings: EvaluateSettings, dataset: Dataset) -> Predictions:
     CxrRayError
         If what was scored is not exactly what the manifest counts.
     """
-    columns = ["image_id", "patient_key", "labels", "pixels", *CLINICAL_COLUMNS]
+    encoding = bundle.layout.encoding
+    pixels = [] if bundle.size is None else ["pixels"]
+    columns = ["image_id", "patient_key", "labels", *pixels, *clinical_columns(encoding)]
     rows = ray.data.read_parquet(dataset.paths(settings.split), filesystem=dataset.filesystem).select_columns(columns)
     predicted = rows.map_batches(
         _predict,
-        fn_kwargs={"settings": settings},
+        fn_kwargs={"settings": settings, "encoding": encoding},
         batch_size=settings.batch_size,
         batch_format="pyarrow",
         compute=ray.data.TaskPoolStrategy(size=settings.workers),
@@ -161,15 +146,10 @@ def evaluate(settings: EvaluateSettings) -> Evaluation:
     settings = settings.model_copy(update={"bundle": storage.absolute(settings.bundle)})
     bundle = read_description(settings.bundle)
     dataset = Dataset(settings.data)
-    size = dataset.require_pixels()
-    if size != bundle.size:
-        raise CxrRayError(
-            f"--data {settings.data}: images of {size} pixels, the bundle was trained on {bundle.size}; "
-            f"ingest with --size {bundle.size}"
-        )
+    _check_fit(settings, bundle, dataset)
     if dataset.split(settings.split).labelled == 0:
         raise CxrRayError(f"--data {settings.data}: split {settings.split} has no labelled image; ingest with labels")
-    predictions = predict_split(settings, dataset)
+    predictions = predict_split(settings, bundle, dataset)
     scores = score_auroc(
         predictions.probabilities,
         predictions.labels,
@@ -181,6 +161,23 @@ def evaluate(settings: EvaluateSettings) -> Evaluation:
     if settings.out is not None:
         _write(evaluation, settings.out)
     return evaluation
+
+
+def _check_fit(settings: EvaluateSettings, bundle: BundleDescription, dataset: Dataset) -> None:
+    if bundle.size is None:
+        if settings.tta != "none":
+            raise UsageError(f"setting 'tta' is {settings.tta!r}: bundle {settings.bundle} reads no image; leave it out")
+    elif (size := dataset.require_pixels()) != bundle.size:
+        raise CxrRayError(
+            f"--data {settings.data}: images of {size} pixels, the bundle was trained on {bundle.size}; "
+            f"ingest with --size {bundle.size}"
+        )
+    smallest = presets.find(bundle.preset).smallest_size
+    if settings.tta == "ten-crop" and bundle.input_size is not None and bundle.input_size * 7 // 8 < smallest:
+        raise UsageError(
+            f"setting 'tta' is 'ten-crop': a crop of 7/8 of {bundle.input_size} pixels is below the {smallest} that "
+            f"{bundle.preset} needs; use flip or none"
+        )
 
 
 def _write(evaluation: Evaluation, out: str) -> None:

@@ -45,8 +45,7 @@ def occlusion(engine: Engine, pixels: np.ndarray, inputs: ClinicalInputs, findin
     logits = []
     for first in range(0, len(places), _IMAGES_AT_ONCE):
         part = covered[first : first + _IMAGES_AT_ONCE]
-        repeated = ClinicalInputs(*(np.repeat(values, len(part), axis=0) for values in vars(inputs).values()))
-        logits.append(_logit(engine.predict(part, repeated)[:, finding]))
+        logits.append(_logit(engine.predict(part, inputs.repeated(len(part)))[:, finding]))
     fall = (whole - np.concatenate(logits)).astype(np.float32).reshape(_CENTRES_AN_EDGE, _CENTRES_AN_EDGE)
     return cv2.resize(fall, (size, size), interpolation=cv2.INTER_CUBIC)
 

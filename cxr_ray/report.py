@@ -1,6 +1,7 @@
 """What a reader sees of scores and predictions: the table of AUCs, the ROC picture, the picture of a study."""
 
 import io
+from collections.abc import Mapping
 
 import matplotlib as mpl
 import numpy as np
@@ -23,7 +24,7 @@ def interval_text(interval: Interval) -> str:
     return f"{interval.value:.3f} ({interval.low:.3f}-{interval.high:.3f})"
 
 
-def auroc_table(title: str, scores: AurocScores, published: dict[str, float] | None = None) -> Table:
+def auroc_table(title: str, scores: AurocScores, published: Mapping[str, float] | None = None) -> Table:
     """Finding, positives, AUC with interval, and what the source of the preset printed, if given."""
     columns = [("finding", False), ("positives", True), ("AUC (95 % interval)", True)]
     if published:

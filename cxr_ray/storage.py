@@ -37,6 +37,12 @@ def absolute(uri: str) -> str:
     return uri if "://" in uri else resolve(uri)[1]
 
 
+def child(uri: str, name: str) -> str:
+    """The URI of what lies below another one; options after a question mark stay behind the path."""
+    path, mark, query = uri.partition("?") if "://" in uri else (uri, "", "")
+    return f"{path.rstrip('/')}/{name}{mark}{query}"
+
+
 def shown(uri: str) -> str:
     """The URI as it may be printed and stored: without the user, the password and the keys that it may carry."""
     if "://" not in uri:

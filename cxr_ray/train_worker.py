@@ -1,245 +1,330 @@
 """What a training worker does: train on its share, validate with the others, report a checkpoint an epoch.
 
-Every worker reads its own share of the training split. Validation goes another way, since Ray equalises shares by dropping
-rows: the workers take turns over the batches of the shard files, and what all of them scored has to be as many images as the
-manifest has.
+Each worker has its own order of images (`cxr_ray.epoch_order`). The validation split is cut into as many parts as there are
+workers, and what all of them scored has to be as many images as the manifest has.
 """
 
-import json
-import os
 import shutil
 import tempfile
 import time
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-import pyarrow as pa
 import ray.train
 import torch
-from ray.data.collate_fn import ArrowBatchCollateFn
 from ray.train import Checkpoint, CheckpointConsistencyMode
 from ray.train.torch import prepare_model
 from ray.util.queue import Queue
-from torch import nn
 
 from cxr_ray import presets
-from cxr_ray.clinical import ClinicalStatistics, encode_paper
 from cxr_ray.cpus import available_cpus
-from cxr_ray.dataset import Dataset
+from cxr_ray.ema import AveragedWeights
+from cxr_ray.epoch_order import EpochOrder, Segment, windows
 from cxr_ray.findings import FINDINGS
-from cxr_ray.losses import ClassWeights
-from cxr_ray.records import CLINICAL_COLUMNS, clinical_inputs, from_fixed_lists, pixel_array
+from cxr_ray.loss_guard import LossGuard
+from cxr_ray.losses import ClassWeights, Loss, make_loss
+from cxr_ray.presets.preset import Network, NetworkOptions
 from cxr_ray.scoring import auroc, mean_auroc, youden_thresholds
-from cxr_ray.train_events import TrainEvent
-from cxr_ray.training import Batch, TrainingStep, TrainSettings, make_optimizer, probabilities
+from cxr_ray.shard_rows import ShardReader
+from cxr_ray.train_events import EpochResult, TrainEvent
+from cxr_ray.train_reporter import Reporter
+from cxr_ray.train_settings import TrainSettings
+from cxr_ray.train_state import RunPosition, Trained
+from cxr_ray.training import (
+    Batch,
+    Moment,
+    TrainingStep,
+    choose_precision,
+    count_plateaus,
+    logits_of,
+    make_optimizer,
+    out_of_patience,
+    step_seed,
+)
+from cxr_ray.training_data import WorkerShare, as_batch, stream
 
-STATE = "state.pt"
-VALIDATION = "validation.json"
-_SECONDS_BETWEEN_EVENTS = 1.0
 _SECONDS_TO_COMMIT = 60.0
+_METADATA_ROW_BYTES = 512
+_FEWEST_AT_ONCE = 32
 
 
 @dataclass(frozen=True)
 class WorkerTask:
-    """Everything a worker needs besides its data."""
+    """Everything a worker needs besides its data.
+
+    Attributes
+    ----------
+    train, val
+        Readers of the two splits.
+    prior
+        Log-odds of each finding to start the last layer with, or None.
+    """
 
     settings: TrainSettings
-    statistics: ClinicalStatistics
-    weights: ClassWeights
+    network: NetworkOptions
+    train: ShardReader
+    val: ShardReader
     train_images: int
     val_images: int
+    weights: ClassWeights
+    prior: torch.Tensor | None
     events: Queue
 
 
 def train_worker(config: dict[str, WorkerTask]) -> None:
     """Ray Train's loop of one worker; `config` holds the ``task``."""
-    task = config["task"]
-    settings = task.settings
-    context = ray.train.get_context()
-    rank, world = context.get_world_rank(), context.get_world_size()
-    if not settings.gpu:
-        torch.set_num_threads(max(1, available_cpus() // context.get_local_world_size()))
-    torch.manual_seed(settings.seed)
-    device = ray.train.torch.get_device()
-
-    model = presets.build(settings.preset, init=settings.init, encoding=settings.encoding).to(device)
-    optimizer = make_optimizer(model, settings)
-    first_epoch = _restore(model, optimizer)
-    wrapped = prepare_model(model)
-    weights = ClassWeights(task.weights.positive.to(device), task.weights.negative.to(device))
-    # Different in every worker and epoch, the same in every run with this seed.
-    generator = torch.Generator().manual_seed(settings.seed * 1_000_003 + first_epoch * 1009 + rank)
-    step = TrainingStep(wrapped, optimizer, weights, settings, generator)
-    reporter = _Reporter(task, world, rank)
-    reporter.started(first_epoch)
-    for epoch in range(first_epoch, settings.epochs):
-        _train_epoch(step, task, epoch, device, reporter)
-        scores = _validate(model, task, rank, world, device)
-        _report(epoch, model, optimizer, scores, reporter)
+    _Worker(config["task"]).run()
 
 
-def _restore(model: nn.Module, optimizer: torch.optim.Optimizer) -> int:
-    checkpoint = ray.train.get_checkpoint()
-    if checkpoint is None:
-        return 0
-    with checkpoint.as_directory() as folder:
-        state = torch.load(Path(folder) / STATE, map_location="cpu", weights_only=True)
-    model.load_state_dict(state["model"])
-    optimizer.load_state_dict(state["optimizer"])
-    return int(state["epoch"])
-
-
-def _train_epoch(step: TrainingStep, task: WorkerTask, epoch: int, device: torch.device, reporter: "_Reporter") -> None:
-    settings = task.settings
-    world = ray.train.get_context().get_world_size()
-    per_worker = max(1, settings.batch_size // world)
-    steps = max(1, task.train_images // world // per_worker)
-    batches = ray.train.get_dataset_shard("train").iter_torch_batches(
-        batch_size=per_worker,
-        # A last batch of a single image has no batch statistics.
-        drop_last=task.train_images // world >= per_worker,
-        collate_fn=_Collate(task.statistics),
-        local_shuffle_buffer_size=min(settings.shuffle_buffer, task.train_images // world) or None,
-        local_shuffle_seed=settings.seed + epoch,
-    )
-    step.model.train()
-    reporter.epoch_started()
-    for index, tensors in enumerate(batches):
-        batch = Batch(tensors["pixels"], tensors["clinical"], tensors["labels"]).to(device)
-        loss = step(batch, progress=min(1.0, (epoch + index / steps) / settings.epochs))
-        reporter.stepped(epoch, len(batch.labels), loss)
-
-
-def _validate(model: nn.Module, task: WorkerTask, rank: int, world: int, device: torch.device) -> tuple[np.ndarray, np.ndarray]:
-    """Probabilities and labels of the whole validation split, gathered on every worker."""
-    if world > 1:
-        # Each worker's batch statistics are its own since the last step; the checkpoint will hold the first worker's.
-        for buffer in model.buffers():
-            torch.distributed.broadcast(buffer, src=0)
-    dataset = Dataset(task.settings.data)
-    scores = [np.zeros((0, len(FINDINGS)), dtype=np.float32)]
-    labels = [np.zeros((0, len(FINDINGS)), dtype=np.float32)]
-    batches = dataset.batches("val", ["pixels", "labels", *CLINICAL_COLUMNS], task.settings.batch_size)
-    for number, table in enumerate(batches):
-        if number % world == rank:
-            batch = _to_batch(table, task.statistics).to(device)
-            predicted = probabilities(model, batch.pixels, batch.clinical, task.settings.precision)
-            scores.append(predicted.cpu().numpy())
-            labels.append(batch.labels.cpu().numpy())
-    own = (np.concatenate(scores), np.concatenate(labels))
-    parts = [own] * world
-    if world > 1:
-        torch.distributed.all_gather_object(parts, own)
-    counted = sum(len(part[0]) for part in parts)
-    if counted != task.val_images:
-        raise RuntimeError(f"validation scored {counted} images, the manifest has {task.val_images}")
-    return np.concatenate([part[0] for part in parts]), np.concatenate([part[1] for part in parts])
-
-
-def _report(
-    epoch: int,
-    model: nn.Module,
-    optimizer: torch.optim.Optimizer,
-    scored: tuple[np.ndarray, np.ndarray],
-    reporter: "_Reporter",
-) -> None:
-    aucs = auroc(*scored)
-    mean = mean_auroc(aucs)
-    # A validation split without a single positive cannot rank checkpoints: all are then worth the same.
-    metrics = {"val_auc": mean if np.isfinite(mean) else 0.0, "epoch": epoch + 1}
-    checkpoint, folder = None, None
-    if reporter.rank == 0:
-        folder = tempfile.mkdtemp(prefix="checkpoint-")
-        state = {"model": model.state_dict(), "optimizer": optimizer.state_dict(), "epoch": epoch + 1}
-        torch.save(state, Path(folder) / STATE)
-        validation = {
-            "epoch": epoch + 1,
-            "images": len(scored[0]),
-            "auc": metrics["val_auc"],
-            "auc_by_finding": {name: float(auc) for name, auc in zip(FINDINGS, aucs, strict=True) if np.isfinite(auc)},
-            "thresholds": dict(zip(FINDINGS, youden_thresholds(*scored).tolist(), strict=True)),
-        }
-        (Path(folder) / VALIDATION).write_text(json.dumps(validation))
-        checkpoint = Checkpoint.from_directory(folder)
-    ray.train.report(metrics, checkpoint=checkpoint)
-    if folder is not None:
-        shutil.rmtree(folder, ignore_errors=True)
-        # A checkpoint that was reported outlives its workers only when the controller has taken note of it, a second later.
-        ray.train.get_all_reported_checkpoints(CheckpointConsistencyMode.COMMITTED, timeout_s=_SECONDS_TO_COMMIT)
-    reporter.validated(epoch, mean)
-
-
-def _to_batch(table: pa.Table, statistics: ClinicalStatistics) -> Batch:
-    return Batch(
-        pixels=torch.from_numpy(np.array(pixel_array(table["pixels"]))),
-        clinical=torch.from_numpy(encode_paper(clinical_inputs(table), statistics)),
-        labels=torch.from_numpy(from_fixed_lists(table["labels"])),
-    )
-
-
-@dataclass(frozen=True)
-class _Collate(ArrowBatchCollateFn):
-    """Arrow batch to tensors, in Ray Data's threads."""
-
-    statistics: ClinicalStatistics
-
-    def __call__(self, batch: pa.Table) -> dict[str, torch.Tensor]:
-        made = _to_batch(batch, self.statistics)
-        return {"pixels": made.pixels, "clinical": made.clinical, "labels": made.labels}
-
-
-class _Reporter:
-    """Sends the first worker's events, now and then, to the process that started the run."""
-
-    def __init__(self, task: WorkerTask, world: int, rank: int) -> None:
-        self.rank = rank
-        self._task, self._world = task, world
-        self._sent = time.monotonic()
-        self._first_step = True
-        self._images = self._images_sent = 0
-        self._losses: list[torch.Tensor] = []
-        self._epoch_losses: list[torch.Tensor] = []
-
-    def started(self, first_epoch: int) -> None:
-        self._images = self._images_sent = first_epoch * self._task.train_images
-        pids: list[int] = [os.getpid()]
-        if self._world > 1:
-            pids = [0] * self._world
-            torch.distributed.all_gather_object(pids, os.getpid())
-        self._send("start", first_epoch, pids=tuple(pids))
-
-    def epoch_started(self) -> None:
-        self._first_step = True
-
-    def stepped(self, epoch: int, images: int, loss: torch.Tensor) -> None:
-        self._images += images * self._world
-        if self._first_step:
-            # The rate is that of training: validation, checkpoint and the wait for the first batch lie before it.
-            self._first_step, self._sent, self._images_sent = False, time.monotonic(), self._images
-        self._losses.append(loss)
-        self._epoch_losses.append(loss)
-        if time.monotonic() - self._sent >= _SECONDS_BETWEEN_EVENTS:
-            self._send("step", epoch)
-
-    def validated(self, epoch: int, auc: float) -> None:
-        self._images = (epoch + 1) * self._task.train_images
-        self._losses, self._epoch_losses = self._epoch_losses, []
-        self._send("epoch", epoch, auc=auc)
-
-    def _send(self, kind: str, epoch: int, *, auc: float = float("nan"), pids: tuple[int, ...] = ()) -> None:
-        if self.rank != 0:
-            return
-        now = time.monotonic()
-        event = TrainEvent(
-            kind=kind,
-            epoch=epoch + 1,
-            images=self._images,
-            images_total=self._task.settings.epochs * self._task.train_images,
-            rate=(self._images - self._images_sent) / max(now - self._sent, 1e-6),
-            loss=float(torch.stack(self._losses).mean()) if self._losses else float("nan"),
-            auc=auc,
-            pids=pids,
+class _Worker:
+    def __init__(self, task: WorkerTask) -> None:
+        context = ray.train.get_context()
+        if context.get_world_rank() == 0:
+            task.events.put(TrainEvent("placed", 1))
+        self._task, self._settings = task, task.settings
+        self._rank, self._workers = context.get_world_rank(), context.get_world_size()
+        if not self._settings.gpu:
+            torch.set_num_threads(max(1, available_cpus() // context.get_local_world_size()))
+        self._device = ray.train.torch.get_device()
+        self._model = self._build()
+        self._trained = Trained(
+            self._model,
+            make_optimizer(self._model, self._settings),
+            AveragedWeights(self._model, self._settings.ema) if self._settings.ema else None,
         )
-        self._sent, self._images_sent, self._losses = now, self._images, []
-        self._task.events.put(event)
+        checkpoint = ray.train.get_checkpoint()
+        self._position = RunPosition() if checkpoint is None else self._trained.restore(checkpoint)
+        # Of fewer images than a batch, each worker takes as many as the others.
+        self._batch = max(1, min(self._settings.batch_size, task.train_images) // self._workers)
+        self._reporter = Reporter(
+            task.events,
+            rank=self._rank,
+            workers=self._workers,
+            images_total=self._settings.epochs * task.train_images,
+        )
+        self._guard = LossGuard(self._workers, self._device)
+        self._noticed_deadline: int | None = -1
+
+    def _build(self) -> Network:
+        settings, task = self._settings, self._task
+        torch.manual_seed(settings.seed)
+        resumed = ray.train.get_checkpoint() is not None
+        # A checkpoint brings all weights: those that the run began with need not be there any more.
+        init = "random" if resumed else settings.init
+        model = presets.build(settings.preset, task.network, init=init)
+        if task.prior is not None and not resumed:
+            model.set_prior(task.prior)
+        return model.to(self._device)
+
+    def run(self) -> None:
+        position, settings = self._position, self._settings
+        step = self._step()
+        orders = [self._order(epoch) for epoch in range(position.epoch, settings.epochs)]
+        share = WorkerShare(self._workers, self._rank, self._batch)
+        batches = stream(self._task.train, orders, share, withhold=settings.withhold)
+        self._reporter.begin_run(position.epoch, position.epoch * self._task.train_images + position.images)
+        for order in orders:
+            if not self._train_epoch(order, step, batches):
+                return
+            self._end_epoch(step)
+            if out_of_patience(self._position.val_aucs, settings.patience):
+                self._reporter.stopped(
+                    self._position.epoch - 1, f"validation AUC has not improved for {settings.patience} epochs: the run ends"
+                )
+                return
+
+    def _step(self) -> TrainingStep:
+        settings = self._settings
+        precision = choose_precision(settings.precision, self._device) if self._model.reads_images else "float32"
+        if settings.compile:
+            self._model.compile()
+        # Batch statistics are each worker's own between validations, where they are averaged: DDP need not send them.
+        wrapped = prepare_model(
+            self._model, parallel_strategy_kwargs={"broadcast_buffers": False, "gradient_as_bucket_view": True}
+        )
+        return TrainingStep(
+            model=wrapped,
+            optimizer=self._trained.optimizer,
+            loss=self._loss(self._device),
+            settings=settings,
+            precision=precision,
+            size=settings.input_size,
+            averaged=self._trained.averaged,
+        )
+
+    def _loss(self, device: torch.device) -> Loss:
+        return make_loss(self._settings.loss, self._task.weights.to(device), self._settings.label_smoothing)
+
+    def _order(self, epoch: int) -> EpochOrder:
+        reader = self._task.train
+        row_bytes = _METADATA_ROW_BYTES if reader.size is None else reader.size**2
+        return EpochOrder(
+            group_rows=tuple(group.rows for group in reader.groups),
+            seed=self._settings.seed,
+            epoch=epoch,
+            window=max(self._batch, self._settings.window * 1024**2 // row_bytes),
+            done=self._position.done if epoch == self._position.epoch else (),
+        )
+
+    def _train_epoch(self, order: EpochOrder, step: TrainingStep, batches: Iterator[Batch]) -> bool:
+        """Train on the rest of an epoch; False where the loss is no number any more."""
+        steps = order.steps(self._workers, self._batch)
+        begun_at = self._position.images
+        plateaus = count_plateaus(self._position.val_losses) if self._settings.schedule == "plateau" else 0
+        step.model.train()
+        self._reporter.begin_epoch()
+        for number in range(steps):
+            asked = time.monotonic()
+            batch = next(batches)
+            self._reporter.waited(time.monotonic() - asked)
+            images = begun_at + number * self._workers * self._batch
+            moment = Moment(
+                progress=(order.epoch + images / self._task.train_images) / self._settings.epochs,
+                seed=step_seed(self._settings.seed, order.epoch, images, self._rank),
+                plateaus=plateaus,
+            )
+            loss = step(batch.to(self._device), moment)
+            self._guard.add(loss, batch.rows)
+            self._reporter.stepped(order.epoch, len(batch), loss, step.optimizer.param_groups[0]["lr"])
+            if self._guard.due() or number + 1 == steps:
+                if not self._loss_is_finite(order.epoch):
+                    return False
+                self._save_if_preempted(order.epoch, number + 1)
+        return True
+
+    def _loss_is_finite(self, epoch: int) -> bool:
+        rows = self._guard.check()
+        if rows is None:
+            return True
+        own = self._task.train.image_ids(rows) if len(rows) else []
+        images = [own] * self._workers
+        if self._workers > 1:
+            torch.distributed.all_gather_object(images, own)
+        names = ", ".join(name for part in images for name in part)
+        self._reporter.failed(
+            epoch,
+            f"the loss is no finite number in epoch {epoch + 1}, at a batch with {names}; "
+            "look at these images, or lower learning_rate; the last good checkpoint is kept",
+        )
+        return False
+
+    def _save_if_preempted(self, epoch: int, steps: int) -> None:
+        """Take a checkpoint in the middle of an epoch when a machine is about to be taken away."""
+        notice = ray.train.get_preemption_info()
+        if notice is None or notice.deadline_ms == self._noticed_deadline:
+            return
+        self._noticed_deadline = notice.deadline_ms
+        self._average_statistics()
+        position = self._position.within(Segment(self._workers, self._batch, steps))
+        # Nothing of it was validated: it never becomes the bundle, and goes when there is a better one.
+        self._report({"val_auc": -1.0, "epoch": epoch}, position, None)
+        self._reporter.notice(
+            epoch, f"a node is about to be taken away: checkpoint after {position.images} images of the epoch"
+        )
+
+    def _end_epoch(self, step: TrainingStep) -> None:
+        loss, rate, waiting = self._reporter.trained()
+        self._average_statistics()
+        with self._averaged_weights():
+            logits, labels = self._validate(step.precision)
+        val_loss = float(self._loss(torch.device("cpu"))(torch.from_numpy(logits), torch.from_numpy(labels)))
+        scores = 1 / (1 + np.exp(-logits.astype(np.float64)))
+        aucs = auroc(scores, labels)
+        mean = mean_auroc(aucs)
+        epoch = self._position.epoch + 1
+        self._position = self._position.after_epoch(val_loss, mean if np.isfinite(mean) else 0.0)
+        by_finding = {name: float(auc) for name, auc in zip(FINDINGS, aucs, strict=True) if np.isfinite(auc)}
+        validation = {
+            "epoch": epoch,
+            "images": len(scores),
+            "auc": self._position.val_aucs[-1],
+            "auc_by_finding": by_finding,
+            "thresholds": dict(zip(FINDINGS, youden_thresholds(scores, labels).tolist(), strict=True)),
+        }
+        # A validation split without a single positive cannot rank checkpoints: all are then worth the same.
+        self._report({"val_auc": self._position.val_aucs[-1], "epoch": epoch}, self._position, validation)
+        result = EpochResult(
+            epoch=epoch,
+            loss=loss,
+            val_loss=val_loss,
+            val_auc=mean,
+            val_auc_by_finding=by_finding,
+            learning_rate=step.optimizer.param_groups[0]["lr"],
+            images_per_second=rate,
+            waiting=waiting,
+            seconds=self._reporter.seconds(),
+            workers=self._workers,
+        )
+        self._reporter.end_epoch(result, epoch * self._task.train_images)
+
+    def _averaged_weights(self) -> AbstractContextManager[None]:
+        averaged = self._trained.averaged
+        return averaged.applied() if averaged is not None else nullcontext()
+
+    def _average_statistics(self) -> None:
+        """Give all workers the mean of their batch statistics, with the weights as they are and with the averaged ones."""
+        if self._workers == 1:
+            return
+        self._average_buffers()
+        if self._trained.averaged is not None:
+            with self._averaged_weights():
+                self._average_buffers()
+
+    def _average_buffers(self) -> None:
+        held = [buffer for buffer in self._model.buffers() if buffer.is_floating_point()]
+        if not held:
+            return
+        together = torch.cat([buffer.reshape(-1).float() for buffer in held])
+        torch.distributed.all_reduce(together)
+        together /= self._workers
+        for buffer, mean in zip(held, together.split([buffer.numel() for buffer in held]), strict=True):
+            buffer.copy_(mean.view_as(buffer))
+
+    def _validate(self, precision: str) -> tuple[np.ndarray, np.ndarray]:
+        """Logits and labels of the whole validation split, gathered on every worker."""
+        self._model.eval()
+        logits = [np.zeros((0, len(FINDINGS)), dtype=np.float32)]
+        labels = [np.zeros((0, len(FINDINGS)), dtype=np.float32)]
+        for batch in self._validation_batches():
+            moved = batch.to(self._device)
+            scored = logits_of(self._model, moved.pixels, moved.clinical, precision, self._settings.input_size)
+            logits.append(scored.cpu().numpy())
+            labels.append(batch.labels.numpy())
+        own = (np.concatenate(logits), np.concatenate(labels))
+        parts = [own] * self._workers
+        if self._workers > 1:
+            torch.distributed.all_gather_object(parts, own)
+        counted = sum(len(part[0]) for part in parts)
+        if counted != self._task.val_images:
+            raise RuntimeError(f"validation scored {counted} images, the manifest has {self._task.val_images}")
+        return np.concatenate([part[0] for part in parts]), np.concatenate([part[1] for part in parts])
+
+    def _validation_batches(self) -> Iterator[Batch]:
+        """The validation split's part of this worker; the next table is read while the network scores the one before."""
+        rows = np.array_split(np.arange(self._task.val_images), self._workers)[self._rank]
+        # A row group at a time, since less of one takes as long to read.
+        parts = windows(rows, self._task.val.groups[0].rows)
+        size = max(self._batch, _FEWEST_AT_ONCE)
+        with ThreadPoolExecutor(1) as reader:
+            coming = [reader.submit(self._task.val.read, part) for part in parts[:1]]
+            for number in range(len(parts)):
+                coming += [reader.submit(self._task.val.read, part) for part in parts[number + 1 : number + 2]]
+                table = coming.pop(0).result()
+                for begin in range(0, table.num_rows, size):
+                    yield as_batch(table.slice(begin, size))
+
+    def _report(self, metrics: dict[str, float], position: RunPosition, validation: dict[str, object] | None) -> None:
+        checkpoint, folder = None, None
+        if self._rank == 0:
+            folder = Path(tempfile.mkdtemp(prefix="checkpoint-"))
+            self._trained.save(folder, position, validation)
+            checkpoint = Checkpoint.from_directory(folder)
+        ray.train.report(metrics, checkpoint=checkpoint)
+        if folder is not None:
+            shutil.rmtree(folder, ignore_errors=True)
+            # A reported checkpoint outlives its workers only when the controller has taken note of it, a second later.
+            ray.train.get_all_reported_checkpoints(CheckpointConsistencyMode.COMMITTED, timeout_s=_SECONDS_TO_COMMIT)

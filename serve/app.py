@@ -119,7 +119,7 @@ class Network:
         self._infer.set_max_batch_size(settings.batch_size)
         self._infer.set_batch_wait_timeout_s(settings.batch_wait)
         # The first pass through a network is slow; no client shall pay for it.
-        size = self._description.size
+        size = bundle.require_images()
         self._engine.predict(np.zeros((1, size, size), dtype=np.uint8), from_request(None, None, None, None)[0])
 
     async def describe(self) -> tuple[ModelIdentity, dict[str, float]]:
@@ -135,8 +135,7 @@ class Network:
     @serve.batch(max_batch_size=16, batch_wait_timeout_s=0.005)
     async def _infer(self, items: list[tuple[np.ndarray, ClinicalInputs]]) -> list[list[float]]:
         pixels = np.stack([pixels for pixels, _ in items])
-        columns = zip(*(vars(inputs).values() for _, inputs in items), strict=True)
-        inputs = ClinicalInputs(*(np.concatenate(column) for column in columns))
+        inputs = ClinicalInputs.concatenate([inputs for _, inputs in items])
         predicted = await asyncio.to_thread(self._engine.predict, pixels, inputs)
         return [[float(value) for value in row] for row in predicted]
 
@@ -253,7 +252,7 @@ class Ingress:
 def build_graph(settings: GraphSettings, token: str | None) -> Application:
     """Bind the deployments; `token` is what clients have to bring, None where only this machine can reach the service."""
     settings = settings.model_copy(update={"bundle": storage.absolute(settings.bundle)})
-    size = load_bundle(settings.bundle).description.size
+    size = load_bundle(settings.bundle).require_images()
     queue = {"max_queued_requests": settings.max_queued}
     decoder = Decoder.options(  # type: ignore[attr-defined]
         num_replicas=settings.decoders,

@@ -24,17 +24,19 @@ from rich.table import Table
 from cxr_ray import findings
 from cxr_ray.bundle import load_bundle
 from cxr_ray.clinical import from_request
-from cxr_ray.distributed import BUNDLE, show_training, train
+from cxr_ray.distributed import BUNDLE, train
 from cxr_ray.engines import TorchEngine
 from cxr_ray.errors import CxrRayError
-from cxr_ray.evaluation import EvaluateSettings, Evaluation, evaluate
+from cxr_ray.evaluate_settings import EvaluateSettings
+from cxr_ray.evaluation import Evaluation, evaluate
 from cxr_ray.heatmap import occlusion, overlay
 from cxr_ray.progress import ProgressReport
 from cxr_ray.ray_session import ray_session
 from cxr_ray.report import auroc_table, interval_text, study_picture
 from cxr_ray.settings import Settings
 from cxr_ray.terminal import console, table
-from cxr_ray.training import TrainSettings
+from cxr_ray.train_settings import TrainSettings
+from cxr_ray.training_view import TrainingView
 from ingest.nih import NihSettings, ingest_nih
 from ingest.phantom_release import DICOM, IMAGES, TABLE, TEST_PATIENT, TRUTH, PhantomSettings, make_release
 from serve.app import decode_upload
@@ -88,9 +90,9 @@ def run_demo(settings: DemoSettings, wait: Callable[[], None]) -> None:
             manifest = ingest_nih(NihSettings(release=release.out, out=data, size=_SIZE))
             console.print("  ".join(f"{name} {split.images}" for name, split in manifest.splits.items()))
         with _step(3, f"Train multi-input (DenseNet-121 and 17 clinical numbers) on {settings.workers} Ray workers"):
-            _train(settings, data, out / "run", encoding="paper")
+            _train(settings, data, out / "run", clinical=True)
         with _step(4, "Train the same network without its clinical inputs"):
-            _train(settings, data, out / "run-image-only", encoding="none")
+            _train(settings, data, out / "run-image-only", clinical=False)
         with _step(5, "Score both on the untouched test patients"):
             full = _evaluate(data, out / "run", out / "evaluation")
             image_only = _evaluate(data, out / "run-image-only", out / "evaluation-image-only")
@@ -128,12 +130,12 @@ def _step(number: int, title: str) -> Iterator[None]:
     console.print(f"{time.monotonic() - started:.0f} s", style="dim")
 
 
-def _train(settings: DemoSettings, data: str, out: Path, *, encoding: str) -> None:
+def _train(settings: DemoSettings, data: str, out: Path, *, clinical: bool) -> None:
     # The made-up release has some eighty validation images, too few to tell one epoch from the next.
     chosen = dict(workers=settings.workers, epochs=settings.epochs, select="last")
-    run = TrainSettings.model_validate(dict(data=data, out=str(out), encoding=encoding) | chosen)
+    run = TrainSettings.model_validate(dict(data=data, out=str(out), meta=clinical, history=clinical) | chosen)
     with ProgressReport("train", 0, "images") as progress:
-        train(run, lambda event: show_training(event, progress, settings.epochs))
+        train(run, TrainingView(progress, settings.epochs))
 
 
 def _evaluate(data: str, run: Path, out: Path) -> Evaluation:
@@ -228,7 +230,7 @@ def _answer_table(case: _Case, by_store: dict[str, dict], by_post: dict[str, dic
 
 def _draw(out: Path, case: _Case, file: Path, answer: dict[str, dict]) -> None:
     bundle = load_bundle(str(out / "run" / BUNDLE))
-    decoded = decode_upload(file.read_bytes(), file.name, bundle.description.size)
+    decoded = decode_upload(file.read_bytes(), file.name, bundle.require_images())
     shown = decode_upload(file.read_bytes(), file.name, 256).pixels
     inputs, _ = from_request(decoded.age_years, decoded.sex, decoded.view, None)
     above = [name for name in findings.FINDINGS if answer[name]["positive"]] or list(findings.FINDINGS)

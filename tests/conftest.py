@@ -96,24 +96,26 @@ def untrained_bundle(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
     from cxr_ray import presets, vision
     from cxr_ray.bundle import describe, write_bundle
-    from cxr_ray.clinical import PAPER_WIDTH, ClinicalStatistics
+    from cxr_ray.clinical import ClinicalStatistics
     from cxr_ray.findings import FINDINGS
     from ingest.phantom import simulate_patients
     from ingest.phantom_drawing import draw
 
+    network = presets.options(presets.find("multi-input"))
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
-        model = presets.build("multi-input").eval()
+        model = presets.build("multi-input", network).eval()
     film = draw(simulate_patients(1, 0)[0], SIZE)
     head = model.get_submodule("head")
     with torch.no_grad():
         # An untrained network answers nearly the same to everything; made steep around one film, it tells images apart.
         head.weight.mul_(30)
-        head.bias.sub_(model(vision.as_input(torch.from_numpy(film)[None]), torch.zeros(1, PAPER_WIDTH))[0])
+        head.bias.sub_(model(vision.as_input(torch.from_numpy(film)[None]), torch.zeros(1, network.layout.width))[0])
     description = describe(
         preset="multi-input",
-        encoding="paper",
+        network=network,
         size=SIZE,
+        input_size=SIZE,
         statistics=asdict(ClinicalStatistics(48.0, 16.5, 0.56, 0.4, (0.1,) * len(FINDINGS))),
         thresholds={name: 0.3 + 0.03 * number for number, name in enumerate(FINDINGS)},
         validation={"auc": 0.5, "epoch": 1, "images": 100},
@@ -177,7 +179,7 @@ def phantom_run(ray_cluster: None, tmp_path_factory: pytest.TempPathFactory) -> 
     """300 made-up patients, drawn, ingested and trained on for a few epochs by two workers: two minutes."""
     from cxr_ray.distributed import train
     from cxr_ray.train_events import TrainEvent
-    from cxr_ray.training import TrainSettings
+    from cxr_ray.train_settings import TrainSettings
     from ingest.nih import NihSettings, ingest_nih
     from ingest.phantom_release import PhantomSettings, make_release
 

@@ -19,16 +19,21 @@ from cxr_ray.findings import FINDINGS
 STATISTICS = {"age_mean": 47.0, "age_std": 16.5, "male_mean": 0.56, "ap_mean": 0.4, "ever_mean": [0.1] * 14}
 
 
-def network(seed: int, encoding="paper") -> nn.Module:
+PAPER = presets.options(presets.find("multi-input"))
+IMAGE_ALONE = presets.options(presets.find("multi-input"), meta=False, history=False)
+
+
+def network(seed: int, chosen=PAPER) -> nn.Module:
     torch.manual_seed(seed)
-    return presets.build("multi-input", encoding=encoding).eval()
+    return presets.build("multi-input", chosen).eval()
 
 
 def described(**changes) -> BundleDescription:
     description = describe(
         preset="multi-input",
-        encoding="paper",
+        network=PAPER,
         size=32,
+        input_size=32,
         statistics=STATISTICS,
         thresholds={name: 0.1 + 0.2 * 0.1**place for place, name in enumerate(FINDINGS)},
         validation={"auc": 0.71234, "epoch": 3, "auc_by_finding": {}},
@@ -87,10 +92,10 @@ def test_what_is_loaded_is_what_was_written(bundle, model):
 
 
 def test_the_image_only_network_goes_the_same_way(tmp_path):
-    model = network(2, encoding="none")
-    write_bundle(str(tmp_path / "b"), model, described(encoding="none"))
+    model = network(2, IMAGE_ALONE)
+    write_bundle(str(tmp_path / "b"), model, described(layout=IMAGE_ALONE.layout))
     torch.testing.assert_close(outputs(load_bundle(str(tmp_path / "b")).model), outputs(model), rtol=0, atol=0)
-    assert "image only" in (tmp_path / "b" / CARD).read_text()
+    assert "- Inputs: image of 32 x 32 pixels\n" in (tmp_path / "b" / CARD).read_text()
 
 
 def test_the_card_warns_and_names_data_and_figures(bundle):
@@ -155,7 +160,7 @@ def test_weights_that_are_not_finite_are_refused(tmp_path):
 
 
 def test_weights_of_another_shape_are_refused(tmp_path):
-    write_bundle(str(tmp_path / "b"), network(1, encoding="none"), described())
+    write_bundle(str(tmp_path / "b"), network(1, IMAGE_ALONE), described())
     refused(tmp_path / "b", WEIGHTS, "does not fit preset multi-input")
 
 
@@ -169,7 +174,7 @@ def test_other_findings_recipe_or_preset_are_refused(tmp_path, model):
     refused(path, "statistics are incomplete")
 
 
-@pytest.mark.parametrize("change", [{"remark": "harmless"}, {"format_version": 2}, {"size": "large"}, {"size": 64}])
+@pytest.mark.parametrize("change", [{"remark": "harmless"}, {"size": "large"}, {"size": 64}])
 def test_an_edited_description_is_refused(own, change):
     path = own / DESCRIPTION
     path.write_text(json.dumps(json.loads(path.read_text()) | change, indent=2))
@@ -258,3 +263,10 @@ def test_nothing_is_unpickled(bundle):
         assert len(watch.classes) == 1
     finally:
         watch.on = False
+
+
+def test_a_bundle_of_another_release_is_told_as_such(own):
+    path = own
+    content = json.loads((path / DESCRIPTION).read_text())
+    (path / DESCRIPTION).write_text(json.dumps(content | {"format_version": 1}))
+    refused(path, "is a bundle of another release; use that release, or train again")

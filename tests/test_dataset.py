@@ -67,21 +67,27 @@ def test_a_file_uri_is_the_same_place(tmp_path):
     assert Dataset(tmp_path.as_uri()).read("train", ["image_id"]).num_rows == 1
 
 
-def test_batches_come_in_manifest_order_and_do_not_span_shards(tmp_path):
-    dataset = write(tmp_path, val=[["a", "b", "c"], ["d"], ["e", "f"]])
-
-    def read(rows):
-        return [batch["image_id"].to_pylist() for batch in dataset.batches("val", ["image_id"], rows)]
-
-    assert read(2) == read(2) == [["a", "b"], ["c"], ["d"], ["e", "f"]]
-    assert read(100) == [["a", "b", "c"], ["d"], ["e", "f"]]
+def test_row_groups_come_in_manifest_order(tmp_path):
+    """Groups follow from the rows of each shard and the group size of the largest: no other file is opened."""
+    dataset = write(tmp_path, val=[["a", "b", "c"], ["d", "e", "f", "g", "h"], ["i"]])
+    largest = tmp_path / "shards-1" / "val-00001.parquet"
+    pq.write_table(pq.read_table(largest), largest, row_group_size=2)
+    (tmp_path / "shards-1" / "val-00000.parquet").unlink()
+    found = [(group.path[-10:-8], group.index, group.rows, group.first) for group in dataset.row_groups("val")]
+    assert found == [
+        *(("00", 0, 2, 0), ("00", 1, 1, 2)),
+        *(("01", 0, 2, 3), ("01", 1, 2, 5), ("01", 2, 1, 7)),
+        ("02", 0, 1, 8),
+    ]
+    largest.unlink()
+    refusal(lambda: dataset.row_groups("val"), "val-00001.parquet", "cannot be read", "ingest again")
 
 
 def test_files_that_the_manifest_does_not_list_are_not_part_of_the_dataset(tmp_path):
     dataset = write(tmp_path, train=[["a"]])
     pq.write_table(pa.table({"image_id": ["stray"], "visit": [0]}), tmp_path / "shards-1" / "train-00001.parquet")
     assert dataset.read("train", ["image_id"])["image_id"].to_pylist() == ["a"]
-    assert [batch.num_rows for batch in dataset.batches("train", ["image_id"], 10)] == [1]
+    assert [group.rows for group in dataset.row_groups("train")] == [1]
 
 
 def test_no_manifest(tmp_path):

@@ -1,14 +1,17 @@
 """Occlusion on a network whose reason is known: the brightness of one square."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 
-from cxr_ray.clinical import ClinicalInputs
+from cxr_ray.clinical import ClinicalInputs, ClinicalLayout, ClinicalStatistics, PastVisits, encode
 from cxr_ray.heatmap import occlusion, overlay
 
 SIZE = 64
 SQUARE = (slice(12, 24), slice(36, 48))
 FINDING = 5
+STATISTICS = ClinicalStatistics(48.0, 16.5, 0.56, 0.4, (0.1,) * 14, (0.2,) * 111)
 
 
 class BrightnessEngine:
@@ -21,7 +24,7 @@ class BrightnessEngine:
     def predict(self, pixels: np.ndarray, inputs: ClinicalInputs) -> np.ndarray:
         assert pixels.dtype == np.uint8
         assert len(inputs) == len(pixels)
-        self.clinical_rows.append(np.column_stack([inputs.age_years, inputs.male, inputs.ap, inputs.ever]))
+        self.clinical_rows.append(encode(inputs, STATISTICS, ClinicalLayout("rich")))
         answer = np.full((len(pixels), 14), 0.3, dtype=np.float32)
         brightness = pixels[:, *SQUARE].mean(axis=(1, 2)) / 255 - 0.5
         answer[:, FINDING] = 1 / (1 + np.exp(-self.sign * 6 * brightness))
@@ -33,6 +36,7 @@ INPUTS = ClinicalInputs(
     np.array([1.0], dtype=np.float32),
     np.array([np.nan], dtype=np.float32),
     np.eye(14, dtype=np.float32)[:1],
+    replace(PastVisits.unknown(1), count=np.array([2.0], dtype=np.float32)),
 )
 
 

@@ -238,8 +238,7 @@ def test_one_bad_image_among_many_fails_alone(post: Post, bundle: Bundle) -> Non
     assert_problem(answers.pop(7), 400)
     squares = np.stack([stored_square(full_range(film(visit)), SIZE) for visit in visits])
     each = [from_request(visit.age_years, visit.sex, visit.view, None)[0] for visit in visits]
-    inputs = ClinicalInputs(*(np.concatenate(column) for column in zip(*(vars(one).values() for one in each), strict=True)))
-    expected = TorchEngine(bundle).predict(squares, inputs)
+    expected = TorchEngine(bundle).predict(squares, ClinicalInputs.concatenate(each))
     assert np.array([probabilities(answer) for answer in answers]) == pytest.approx(expected, abs=1e-4)
 
 

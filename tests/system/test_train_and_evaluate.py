@@ -14,13 +14,15 @@ import ray
 from conftest import PHANTOM_EPOCHS, PhantomRun
 
 from cxr_ray.bundle import load_bundle
+from cxr_ray.clinical import ClinicalLayout
 from cxr_ray.dataset import Dataset
 from cxr_ray.distributed import BUNDLE, train
 from cxr_ray.errors import CxrRayError
-from cxr_ray.evaluation import EvaluateSettings, Evaluation, evaluate
+from cxr_ray.evaluate_settings import EvaluateSettings
+from cxr_ray.evaluation import Evaluation, evaluate
 from cxr_ray.findings import FINDINGS
 from cxr_ray.train_events import TrainEvent
-from cxr_ray.training import TrainSettings
+from cxr_ray.train_settings import TrainSettings
 from ingest.nih import NihSettings, ingest_nih
 
 pytestmark = [pytest.mark.system, pytest.mark.ray, pytest.mark.timeout(600)]
@@ -75,6 +77,7 @@ def test_bundle_verifies_and_validation_was_complete(phantom_run: PhantomRun) ->
     assert description.validation["images"] == dataset.split("val").images
     assert description.dataset_digest == dataset.digest
     assert (description.preset, description.size, description.settings["epochs"]) == ("multi-input", 64, EPOCHS)
+    assert (description.layout, description.input_size) == (ClinicalLayout("paper"), 64)
     assert list(description.thresholds) == list(FINDINGS)
     assert all(0 <= threshold <= 1 for threshold in description.thresholds.values())
 
@@ -116,9 +119,21 @@ def test_resuming_a_finished_run_trains_no_more(phantom_run: PhantomRun) -> None
             {"resume": True, "epochs": EPOCHS + 1},
             rf"--resume: setting 'epochs' is {EPOCHS + 1}, the run in .* has {EPOCHS}; give the same",
         ),
-        ({"resume": True, "encoding": "none"}, r"--resume: setting 'encoding' is 'none', the run in .* has 'paper'"),
+        ({"resume": True, "history": False}, r"--resume: setting 'history' is False, the run in .* has True; give the same"),
+        ({"resume": True, "preset": "chexnet"}, r"--resume: setting 'preset' is 'chexnet', the run in .* has 'multi-input'"),
+        (
+            {"out": "new", "input_size": 224},
+            r"setting 'input_size' is 224: .* holds images of 64 pixels; ingest with --size 224",
+        ),
+        (
+            {"out": "new", "preset": "wang2017", "input_size": 48},
+            r"preset wang2017 needs images of 63 pixels, .* gives 48; ingest with --size 1024",
+        ),
         ({"resume": True, "out": "nowhere"}, r"--out .*nowhere: holds no run to resume; leave out --resume"),
-        ({"out": "new", "workers": 40}, r"setting 'workers' is 40 .* the cluster has 4 .*; lower workers"),
+        (
+            {"out": "new", "workers": 40},
+            r"setting 'workers' is 40 with 0\.5 CPU each: .* 1 x 4 CPU, room for 8 workers; lower workers",
+        ),
         ({"out": "new", "data": "nowhere"}, r"nowhere: holds no manifest\.json; make a dataset"),
     ],
 )

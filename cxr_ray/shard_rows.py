@@ -1,0 +1,135 @@
+"""Chosen rows of a split, read from its shards in a chosen order and packed for a network."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+from pyarrow import fs
+
+from cxr_ray import clinical
+from cxr_ray.clinical import ClinicalLayout, ClinicalStatistics
+from cxr_ray.epoch_order import RowGroup
+from cxr_ray.errors import CxrRayError
+from cxr_ray.records import clinical_columns, clinical_inputs, from_fixed_lists, pixel_array, pixel_column
+
+
+@dataclass(frozen=True)
+class ShardReader:
+    """Reads rows of a split by their positions.
+
+    Attributes
+    ----------
+    groups
+        All row groups of the split, in the order of the manifest.
+    size
+        Pixels an edge of the stored square; None leaves the pixels out.
+    """
+
+    filesystem: fs.FileSystem
+    groups: tuple[RowGroup, ...]
+    size: int | None
+    layout: ClinicalLayout
+    statistics: ClinicalStatistics
+
+    def read(self, rows: np.ndarray, *, withhold: float = 0.0, seed: Sequence[int] = ()) -> pa.Table:
+        """What the network needs of the rows at these positions (int64, shape (N,)), in this order.
+
+        Parameters
+        ----------
+        withhold
+            Share of the clinical values that are made unknown, see `clinical.partly_withheld`.
+        seed
+            Seed of the choice of these.
+
+        Returns
+        -------
+        pyarrow.Table
+            ``row``, the position; ``clinical``, K x float32 as bytes, where the layout has any; ``labels``, 14 x float32 as
+            bytes, NaN where unknown; ``pixels``, where `size` is not None.
+
+        Raises
+        ------
+        CxrRayError
+            If a shard is absent, damaged, or not the one that the manifest lists.
+        """
+        metadata, squares = self._gather(rows, [*clinical_columns(self.layout.encoding), "labels"])
+        columns: dict[str, pa.Array] = {"row": pa.array(rows), "labels": packed(from_fixed_lists(metadata["labels"]))}
+        if self.layout.width:
+            inputs = clinical_inputs(metadata, self.layout.encoding)
+            if withhold:
+                inputs = clinical.partly_withheld(inputs, withhold, np.random.default_rng(seed))
+            columns["clinical"] = packed(clinical.encode(inputs, self.statistics, self.layout))
+        if squares is not None:
+            columns["pixels"] = pixel_column(squares)
+        return pa.table(columns)
+
+    def image_ids(self, rows: np.ndarray) -> list[str]:
+        """The image ids at these positions."""
+        return _read(self.filesystem, self.groups, rows, ["image_id"])["image_id"].to_pylist()
+
+    def _gather(self, rows: np.ndarray, names: list[str]) -> tuple[pa.Table, np.ndarray | None]:
+        if self.size is None:
+            return _read(self.filesystem, self.groups, rows, names), None
+        squares = np.empty((len(rows), self.size, self.size), dtype=np.uint8)
+        parts, places = [], []
+        for group, chosen, place in _by_group(self.groups, rows):
+            table = _read_group(self.filesystem, group, [*names, "pixels"])
+            squares[place] = pixel_array(table["pixels"])[chosen]
+            parts.append(table.select(names).take(chosen))
+            places.append(place)
+        return _in_order(parts, places), squares
+
+
+def packed(values: np.ndarray) -> pa.FixedSizeBinaryArray:
+    """Pack float32, shape (N, K), into N strings of 4 K bytes, which cost nothing to unpack."""
+    width = values.shape[1] * 4
+    buffer = pa.py_buffer(np.ascontiguousarray(values, dtype=np.float32))
+    return pa.FixedSizeBinaryArray.from_buffers(pa.binary(width), len(values), [None, buffer])
+
+
+def unpacked(column: pa.ChunkedArray) -> np.ndarray:
+    """What `packed` packed: float32, shape (N, K), read-only where no copy was needed."""
+    width = column.type.byte_width // 4
+    parts = [
+        np.frombuffer(chunk.buffers()[1], dtype=np.float32, count=len(chunk) * width, offset=chunk.offset * width * 4)
+        for chunk in column.chunks
+    ]
+    return (parts[0] if len(parts) == 1 else np.concatenate(parts)).reshape(-1, width)
+
+
+def _by_group(groups: Sequence[RowGroup], rows: np.ndarray) -> list[tuple[RowGroup, np.ndarray, np.ndarray]]:
+    """The rows by their group: which of its rows, and the places they go to."""
+    owner = np.searchsorted([group.first for group in groups], rows, side="right") - 1
+    order = np.argsort(owner, kind="stable")
+    owners, starts = np.unique(owner[order], return_index=True)
+    return [
+        (groups[int(number)], rows[place] - groups[int(number)].first, place)
+        for number, place in zip(owners, np.split(order, starts[1:]), strict=True)
+    ]
+
+
+def _read(filesystem: fs.FileSystem, groups: Sequence[RowGroup], rows: np.ndarray, names: list[str]) -> pa.Table:
+    parts, places = [], []
+    for group, chosen, place in _by_group(groups, rows):
+        parts.append(_read_group(filesystem, group, names).take(chosen))
+        places.append(place)
+    return _in_order(parts, places)
+
+
+def _in_order(parts: list[pa.Table], places: list[np.ndarray]) -> pa.Table:
+    return pa.concat_tables(parts).combine_chunks().take(np.argsort(np.concatenate(places)))
+
+
+def _read_group(filesystem: fs.FileSystem, group: RowGroup, names: list[str]) -> pa.Table:
+    try:
+        with pq.ParquetFile(group.path, filesystem=filesystem) as file:
+            table = file.read_row_group(group.index, columns=names, use_threads=False)
+    except (OSError, pa.ArrowException) as error:
+        raise CxrRayError(f"{group.path}: cannot be read ({str(error).splitlines()[0]}); ingest again") from None
+    if table.num_rows != group.rows:
+        raise CxrRayError(
+            f"{group.path}: row group {group.index} has {table.num_rows} rows instead of {group.rows}; ingest again"
+        )
+    return table

@@ -1,0 +1,123 @@
+"""What the first worker tells the process that started the run."""
+
+import os
+import time
+
+import torch
+from ray.util.queue import Queue
+
+from cxr_ray.train_events import EpochResult, TrainEvent
+
+_SECONDS_BETWEEN_EVENTS = 1.0
+
+
+class Reporter:
+    """Counts images, time and losses, and sends an event now and then; all but the first worker count in silence.
+
+    Parameters
+    ----------
+    images_total
+        Images of the whole run.
+    """
+
+    def __init__(self, events: Queue, *, rank: int, workers: int, images_total: int) -> None:
+        self._events, self._rank, self._workers = events, rank, workers
+        self._images_total = images_total
+        self._images = self._images_sent = 0
+        self._started = self._sent = time.monotonic()
+        self._waited = self._waited_sent = 0.0
+        self._trained_images = 0
+        self._losses: list[torch.Tensor] = []
+        self._epoch_losses: list[torch.Tensor] = []
+        self._rate = float("nan")
+
+    def begin_run(self, epoch: int, images: int) -> None:
+        """Tell that a first or renewed attempt begins, in this epoch and after so many images."""
+        self._images = self._images_sent = images
+        pids: list[int] = [os.getpid()]
+        if self._workers > 1:
+            pids = [0] * self._workers
+            torch.distributed.all_gather_object(pids, os.getpid())
+        self._send(TrainEvent("start", epoch + 1, images, self._images_total, pids=tuple(pids)))
+
+    def begin_epoch(self) -> None:
+        """Start the epoch's clock: validation, checkpoint and a start of the data lie before it."""
+        self._started = self._sent = time.monotonic()
+        self._waited = self._waited_sent = 0.0
+        self._trained_images = 0
+        self._images_sent = self._images
+        self._losses, self._epoch_losses = [], []
+
+    def waited(self, seconds: float) -> None:
+        """Add time that was spent waiting for data."""
+        self._waited += seconds
+
+    def stepped(self, epoch: int, images: int, loss: torch.Tensor, learning_rate: float) -> None:
+        """Count a step of `images` images on this worker; `loss` may still be on its way on the device."""
+        self._images += images * self._workers
+        self._trained_images += images * self._workers
+        self._losses.append(loss)
+        self._epoch_losses.append(loss)
+        self._rate = learning_rate
+        now = time.monotonic()
+        if now - self._sent < _SECONDS_BETWEEN_EVENTS:
+            return
+        if self._rank == 0:
+            elapsed = now - self._sent
+            self._send(
+                TrainEvent(
+                    "step",
+                    epoch + 1,
+                    self._images,
+                    self._images_total,
+                    rate=(self._images - self._images_sent) / elapsed,
+                    waiting=min(1.0, (self._waited - self._waited_sent) / elapsed),
+                    loss=float(torch.stack(self._losses).mean()),
+                    learning_rate=learning_rate,
+                )
+            )
+        self._sent, self._images_sent, self._waited_sent, self._losses = now, self._images, self._waited, []
+
+    def trained(self) -> tuple[float, float, float]:
+        """Of the epoch so far: mean loss, images a second, share of the time spent waiting for data."""
+        seconds = max(time.monotonic() - self._started, 1e-9)
+        loss = float(torch.stack(self._epoch_losses).mean()) if self._epoch_losses else float("nan")
+        return loss, self._trained_images / seconds, min(1.0, self._waited / seconds)
+
+    def seconds(self) -> float:
+        """Seconds since the epoch's clock was started."""
+        return time.monotonic() - self._started
+
+    def end_epoch(self, result: EpochResult, images: int) -> None:
+        """Tell the figures of an epoch; `images` is where the run is now."""
+        self._images = images
+        self._send(
+            TrainEvent(
+                "epoch",
+                result.epoch,
+                images,
+                self._images_total,
+                rate=result.images_per_second,
+                waiting=result.waiting,
+                loss=result.loss,
+                learning_rate=self._rate,
+                auc=result.val_auc,
+                result=result,
+            )
+        )
+
+    def notice(self, epoch: int, text: str) -> None:
+        """Tell something worth a line."""
+        self._send(TrainEvent("notice", epoch + 1, self._images, self._images_total, text=text))
+
+    def stopped(self, epoch: int, text: str) -> None:
+        """Tell that the run ends before its last epoch, and why."""
+        self._send(TrainEvent("stopped", epoch + 1, self._images, self._images_total, text=text))
+
+    def failed(self, epoch: int, text: str) -> None:
+        """Tell why the run cannot go on."""
+        self._send(TrainEvent("failed", epoch + 1, self._images, self._images_total, text=text))
+
+    def _send(self, event: TrainEvent) -> None:
+        if self._rank == 0:
+            self._events.put(event)

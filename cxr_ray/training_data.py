@@ -1,0 +1,130 @@
+"""Training batches from shards, through Ray Data.
+
+Each worker has a stream of its own over all epochs that are left: tasks, which run wherever the cluster has CPUs, read the
+windows of its order one after the other, shuffled and ready, and hand them over through the object store. A stream that does
+not end with the epoch reads the next one's first windows while the network is validated.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import ray
+import ray.data
+import torch
+from ray.data.block import Block, BlockMetadata
+from ray.data.collate_fn import ArrowBatchCollateFn
+from ray.data.datasource import Datasource, ReadTask
+
+from cxr_ray.epoch_order import EpochOrder, windows
+from cxr_ray.records import pixel_array
+from cxr_ray.shard_rows import ShardReader, unpacked
+from cxr_ray.training import Batch
+
+# Windows that are read ahead of the one in use, and the logical CPUs that reading one takes: it is copying, not decoding.
+_READ_AT_ONCE = 2
+_CPUS_A_READ = 0.5
+_BATCHES_AHEAD = 4
+
+
+@dataclass(frozen=True)
+class WorkerShare:
+    """What one worker takes: of `workers` the one of this `rank`, `batch` images a step."""
+
+    workers: int
+    rank: int
+    batch: int
+
+
+class WindowDatasource(Datasource):
+    """A worker's images over some epochs: one read task a window."""
+
+    def __init__(self, reader: ShardReader, orders: list[EpochOrder], share: WorkerShare, withhold: float) -> None:
+        super().__init__()
+        self._reader, self._withhold = reader, withhold
+        self._windows: list[tuple[EpochOrder, np.ndarray]] = []
+        for order in orders:
+            rows = order.rows(share.workers, share.batch, share.rank)
+            self._windows.extend((order, window) for window in windows(rows, order.window))
+
+    @property
+    def tasks(self) -> int:
+        """Number of windows."""
+        return len(self._windows)
+
+    def estimate_inmemory_data_size(self) -> int | None:
+        """Bytes of the pixels."""
+        edge = self._reader.size or 0
+        return sum(len(rows) for _, rows in self._windows) * edge**2
+
+    def get_read_tasks(
+        self, parallelism: int, per_task_row_limit: int | None = None, data_context: Any = None
+    ) -> list[ReadTask]:
+        """A task a window; `parallelism` is asked to be their number."""
+        # Put once: the list of all row groups goes with every task.
+        reader = ray.put(self._reader)
+        return [
+            _read_task(reader, rows, self._withhold, (order.seed, order.epoch, int(rows[0]))) for order, rows in self._windows
+        ]
+
+
+def _read_task(reader: Any, rows: np.ndarray, withhold: float, seed: tuple[int, ...]) -> ReadTask:
+    def read() -> list[Block]:
+        return [ray.get(reader).read(rows, withhold=withhold, seed=seed)]
+
+    return ReadTask(read, BlockMetadata(num_rows=len(rows), size_bytes=None, input_files=None, exec_stats=None))
+
+
+def stream(reader: ShardReader, orders: list[EpochOrder], share: WorkerShare, *, withhold: float = 0.0) -> Iterator[Batch]:
+    """The batches of one worker over the given epochs, one after the other, each epoch whole.
+
+    Parameters
+    ----------
+    orders
+        The epochs that are left; the first may have done segments.
+    withhold
+        Share of the clinical values that are made unknown, see `clinical.partly_withheld`.
+    """
+    source = WindowDatasource(reader, orders, share, withhold)
+    images = ray.data.read_datasource(
+        source,
+        override_num_blocks=source.tasks,
+        concurrency=_READ_AT_ONCE,
+        num_cpus=_CPUS_A_READ,
+    )
+    images.context.execution_options.preserve_order = True
+    images.context.op_resource_reservation_enabled = False
+    # A window is one block, so that a batch that lies in it is cut out without a copy.
+    images.context.target_max_block_size = None
+    batches = images.iter_torch_batches(
+        batch_size=share.batch,
+        prefetch_batches=_BATCHES_AHEAD,
+        collate_fn=BatchCollate(),
+    )
+    for tensors in batches:
+        yield Batch(**tensors)
+
+
+@dataclass(frozen=True)
+class BatchCollate(ArrowBatchCollateFn):
+    """What `ShardReader.read` gave, as tensors; runs in Ray Data's threads."""
+
+    def __call__(self, batch: pa.Table) -> dict[str, torch.Tensor]:
+        """A batch of tensors that own their memory."""
+        return dict(vars(as_batch(batch)))
+
+
+def as_batch(table: pa.Table) -> Batch:
+    """What `ShardReader.read` gave, as tensors that own their memory; what it left out has the width 0."""
+    rows = table.num_rows
+    held = set(table.column_names)
+    pixels = pixel_array(table["pixels"]) if "pixels" in held else np.empty((rows, 0, 0), dtype=np.uint8)
+    numbers = unpacked(table["clinical"]) if "clinical" in held else np.empty((rows, 0), dtype=np.float32)
+    return Batch(
+        pixels=torch.from_numpy(np.array(pixels)),
+        clinical=torch.from_numpy(np.array(numbers)),
+        labels=torch.from_numpy(np.array(unpacked(table["labels"]))),
+        rows=torch.from_numpy(table["row"].to_numpy().copy()),
+    )
