@@ -7,7 +7,7 @@ PEERS := dcmtk orthanc
 STAMP := $(VENV)/.installed
 export RAY_USAGE_STATS_ENABLED := 0
 
-.PHONY: help install peers demo test lint clean bench-ingest
+.PHONY: help install peers demo test lint clean bench-ingest bench-train
 
 help:
 	@echo "make install   create $(VENV) and install cxr-ray into it"
@@ -15,6 +15,7 @@ help:
 	@echo "make test      lint, types and all tests, with real peers where they can be installed"
 	@echo "make lint      ruff and mypy only"
 	@echo "make bench-ingest   speed and memory of ingest beside a pool of processes; about 40 minutes on 2 cores"
+	@echo "make bench-train    speed of training beside a bare PyTorch loop, torchrun and a DataLoader; about 30 minutes on 2 quiet cores"
 
 install: $(STAMP)
 
@@ -42,6 +43,10 @@ lint: install
 
 bench-ingest: install
 	$(BIN)/python bench/bench_ingest.py all
+
+# Ray's workers run at nice 15: on a machine that does anything else, only they wait.
+bench-train: install
+	$(BIN)/python bench/bench_train.py all
 
 clean:
 	rm -rf $(VENV) demo

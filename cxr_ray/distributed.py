@@ -168,6 +168,7 @@ class _Follower:
             self.placed = True
             return
         if event.kind == "start":
+            self._catch_up(event)
             self._trackers.start(self._settings, event.epoch)
         elif event.kind == "step":
             self._trackers.step(event)
@@ -178,6 +179,13 @@ class _Follower:
         elif event.kind == "failed":
             self.failure = event.text
         self._watch(event)
+
+    def _catch_up(self, start: TrainEvent) -> None:
+        """A worker may be lost when the checkpoint of an epoch is safe and its figures are not yet told."""
+        result = start.result
+        if result is not None and result.epoch not in {told.epoch for told in self._history.results}:
+            images = result.epoch * start.images_total // self._settings.epochs
+            self(TrainEvent.of_epoch(result, images, start.images_total))
 
     def notice(self, text: str) -> None:
         """Tell something that no worker said."""

@@ -65,7 +65,7 @@ class TrainEvent:
     auc
         Mean validation AUC of the epoch; NaN before "epoch".
     result
-        At "epoch", all its figures.
+        At "epoch", all its figures; at "start", those of the last epoch that is done, which a lost worker may not have told.
     pids
         Process of each worker, at "start".
     """
@@ -82,3 +82,19 @@ class TrainEvent:
     result: EpochResult | None = None
     pids: tuple[int, ...] = field(default=())
     text: str = ""
+
+    @classmethod
+    def of_epoch(cls, result: EpochResult, images: int, images_total: int) -> "TrainEvent":
+        """The event of kind "epoch" with these figures."""
+        return cls(
+            "epoch",
+            result.epoch,
+            images,
+            images_total,
+            rate=result.images_per_second,
+            waiting=result.waiting,
+            loss=result.loss,
+            learning_rate=result.learning_rate,
+            auc=result.val_auc,
+            result=result,
+        )

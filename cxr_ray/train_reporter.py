@@ -29,16 +29,15 @@ class Reporter:
         self._trained_images = 0
         self._losses: list[torch.Tensor] = []
         self._epoch_losses: list[torch.Tensor] = []
-        self._rate = float("nan")
 
-    def begin_run(self, epoch: int, images: int) -> None:
-        """Tell that a first or renewed attempt begins, in this epoch and after so many images."""
+    def begin_run(self, epoch: int, images: int, last: EpochResult | None) -> None:
+        """Tell that a first or renewed attempt begins, in this epoch, after so many images and this last whole epoch."""
         self._images = self._images_sent = images
         pids: list[int] = [os.getpid()]
         if self._workers > 1:
             pids = [0] * self._workers
             torch.distributed.all_gather_object(pids, os.getpid())
-        self._send(TrainEvent("start", epoch + 1, images, self._images_total, pids=tuple(pids)))
+        self._send(TrainEvent("start", epoch + 1, images, self._images_total, result=last, pids=tuple(pids)))
 
     def begin_epoch(self) -> None:
         """Start the epoch's clock: validation, checkpoint and a start of the data lie before it."""
@@ -58,7 +57,6 @@ class Reporter:
         self._trained_images += images * self._workers
         self._losses.append(loss)
         self._epoch_losses.append(loss)
-        self._rate = learning_rate
         now = time.monotonic()
         if now - self._sent < _SECONDS_BETWEEN_EVENTS:
             return
@@ -91,20 +89,7 @@ class Reporter:
     def end_epoch(self, result: EpochResult, images: int) -> None:
         """Tell the figures of an epoch; `images` is where the run is now."""
         self._images = images
-        self._send(
-            TrainEvent(
-                "epoch",
-                result.epoch,
-                images,
-                self._images_total,
-                rate=result.images_per_second,
-                waiting=result.waiting,
-                loss=result.loss,
-                learning_rate=self._rate,
-                auc=result.val_auc,
-                result=result,
-            )
-        )
+        self._send(TrainEvent.of_epoch(result, images, self._images_total))
 
     def notice(self, epoch: int, text: str) -> None:
         """Tell something worth a line."""

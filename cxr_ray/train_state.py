@@ -2,6 +2,7 @@
 
 import contextlib
 import json
+import math
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -13,6 +14,7 @@ from torch import nn
 from cxr_ray.ema import AveragedWeights
 from cxr_ray.epoch_order import Segment
 from cxr_ray.errors import CxrRayError
+from cxr_ray.train_events import EpochResult
 
 STATE = "state.pt"
 VALIDATION = "validation.json"
@@ -32,12 +34,15 @@ class RunPosition:
         What is done of the next one: nothing, but for a checkpoint that was taken in its middle.
     val_losses, val_aucs
         Of each epoch that is done; learning rate schedule and patience follow from them.
+    last
+        Figures of the last epoch that is done.
     """
 
     epoch: int = 0
     done: tuple[Segment, ...] = ()
     val_losses: tuple[float, ...] = ()
     val_aucs: tuple[float, ...] = ()
+    last: EpochResult | None = None
 
     @property
     def images(self) -> int:
@@ -48,9 +53,11 @@ class RunPosition:
         """The position when `part` of the next epoch is done as well."""
         return replace(self, done=(*self.done, part))
 
-    def after_epoch(self, val_loss: float, val_auc: float) -> "RunPosition":
+    def after_epoch(self, result: EpochResult) -> "RunPosition":
         """The position at the next epoch's beginning."""
-        return RunPosition(self.epoch + 1, (), (*self.val_losses, val_loss), (*self.val_aucs, val_auc))
+        # Without a positive the validation split cannot rank epochs: all are then worth the same.
+        auc = result.val_auc if math.isfinite(result.val_auc) else 0.0
+        return RunPosition(self.epoch + 1, (), (*self.val_losses, result.val_loss), (*self.val_aucs, auc), result)
 
 
 @dataclass(frozen=True)
@@ -97,7 +104,8 @@ class Trained:
             ) from None
         held = state["position"]
         done = tuple(Segment(**part) for part in held["done"])
-        return RunPosition(held["epoch"], done, tuple(held["val_losses"]), tuple(held["val_aucs"]))
+        last = EpochResult(**held["last"]) if held["last"] is not None else None
+        return RunPosition(held["epoch"], done, tuple(held["val_losses"]), tuple(held["val_aucs"]), last)
 
 
 @contextlib.contextmanager

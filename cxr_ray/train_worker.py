@@ -126,7 +126,8 @@ class _Worker:
         orders = [self._order(epoch) for epoch in range(position.epoch, settings.epochs)]
         share = WorkerShare(self._workers, self._rank, self._batch)
         batches = stream(self._task.train, orders, share, withhold=settings.withhold)
-        self._reporter.begin_run(position.epoch, position.epoch * self._task.train_images + position.images)
+        images = position.epoch * self._task.train_images + position.images
+        self._reporter.begin_run(position.epoch, images, position.last)
         for order in orders:
             if not self._train_epoch(order, step, batches):
                 return
@@ -234,32 +235,28 @@ class _Worker:
         val_loss = float(self._loss(torch.device("cpu"))(torch.from_numpy(logits), torch.from_numpy(labels)))
         scores = 1 / (1 + np.exp(-logits.astype(np.float64)))
         aucs = auroc(scores, labels)
-        mean = mean_auroc(aucs)
-        epoch = self._position.epoch + 1
-        self._position = self._position.after_epoch(val_loss, mean if np.isfinite(mean) else 0.0)
-        by_finding = {name: float(auc) for name, auc in zip(FINDINGS, aucs, strict=True) if np.isfinite(auc)}
-        validation = {
-            "epoch": epoch,
-            "images": len(scores),
-            "auc": self._position.val_aucs[-1],
-            "auc_by_finding": by_finding,
-            "thresholds": dict(zip(FINDINGS, youden_thresholds(scores, labels).tolist(), strict=True)),
-        }
-        # A validation split without a single positive cannot rank checkpoints: all are then worth the same.
-        self._report({"val_auc": self._position.val_aucs[-1], "epoch": epoch}, self._position, validation)
         result = EpochResult(
-            epoch=epoch,
+            epoch=self._position.epoch + 1,
             loss=loss,
             val_loss=val_loss,
-            val_auc=mean,
-            val_auc_by_finding=by_finding,
+            val_auc=mean_auroc(aucs),
+            val_auc_by_finding={name: float(auc) for name, auc in zip(FINDINGS, aucs, strict=True) if np.isfinite(auc)},
             learning_rate=step.optimizer.param_groups[0]["lr"],
             images_per_second=rate,
             waiting=waiting,
             seconds=self._reporter.seconds(),
             workers=self._workers,
         )
-        self._reporter.end_epoch(result, epoch * self._task.train_images)
+        self._position = self._position.after_epoch(result)
+        validation = {
+            "epoch": result.epoch,
+            "images": len(scores),
+            "auc": self._position.val_aucs[-1],
+            "auc_by_finding": result.val_auc_by_finding,
+            "thresholds": dict(zip(FINDINGS, youden_thresholds(scores, labels).tolist(), strict=True)),
+        }
+        self._report({"val_auc": self._position.val_aucs[-1], "epoch": result.epoch}, self._position, validation)
+        self._reporter.end_epoch(result, result.epoch * self._task.train_images)
 
     def _averaged_weights(self) -> AbstractContextManager[None]:
         averaged = self._trained.averaged

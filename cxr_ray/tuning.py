@@ -12,6 +12,7 @@ from typing import Any
 
 from ray import tune
 from ray.tune.schedulers import ASHAScheduler
+from ray.tune.search.basic_variant import BasicVariantGenerator
 
 from cxr_ray import storage
 from cxr_ray.dataset import Dataset
@@ -89,7 +90,9 @@ def search(settings: TuneSettings, watch: Callable[[str, int, float], None]) -> 
             metric=_METRIC,
             mode="max",
             num_samples=settings.trials,
-            max_concurrent_trials=settings.at_once or max(1, slots(resources) // workers),
+            search_alg=BasicVariantGenerator(
+                max_concurrent=settings.at_once or max(1, slots(resources) // workers), random_state=settings.seed
+            ),
             scheduler=ASHAScheduler(
                 time_attr="epoch",
                 # One more than there are: a trial that reaches the end is to finish by itself.

@@ -191,14 +191,15 @@ class Watched:
         self._seconds: list[float] = []
         self._read = 0
         self._changed = threading.Condition()
-        threading.Thread(target=self._collect, daemon=True).start()
+        self._collector = threading.Thread(target=self._collect, daemon=True)
+        self._collector.start()
 
     @property
     def said(self) -> str:
         """All lines so far, and after how many seconds each of them came."""
         return "\n".join(f"{seconds:6.1f} {line}" for seconds, line in zip(self._seconds, self._lines, strict=False))
 
-    def wait_for(self, pattern: str, seconds: float = 180) -> re.Match[str]:
+    def wait_for(self, pattern: str, seconds: float = 300) -> re.Match[str]:
         """The next line that begins with the pattern, after those that were waited for before."""
         until = time.monotonic() + seconds
         with self._changed:
@@ -212,8 +213,15 @@ class Watched:
                     pytest.fail(f"no line {pattern!r}:\n{self.said}")
                 self._changed.wait(timeout=min(left, 1))
 
-    def finish(self, seconds: float = 240) -> int:
-        return self._process.wait(timeout=seconds)
+    def finish(self, seconds: float = 400) -> int:
+        """The exit code, when the command has ended and all that it said was read."""
+        code = self._process.wait(timeout=seconds)
+        self._collector.join()
+        return code
+
+    def kill(self) -> None:
+        self._process.kill()
+        self._collector.join()
 
     def _collect(self) -> None:
         for line in self._process.stdout:
@@ -229,7 +237,8 @@ def watched(command: list[str]) -> Iterator[Watched]:
     with subprocess.Popen(
         command, env=clean_environment(), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
     ) as process:
+        watching = Watched(process)
         try:
-            yield Watched(process)
+            yield watching
         finally:
-            process.kill()
+            watching.kill()

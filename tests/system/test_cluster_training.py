@@ -1,110 +1,39 @@
-"""A two-node Ray cluster with token authentication: ingest and train as jobs, lose a worker, lose the connection."""
+"""A two-node Ray cluster with token authentication: ingest and train as jobs, lose the connection, a worker, and all nodes."""
 
+import json
 import os
 import re
-import secrets
-import shutil
 import signal
 import socket
 import subprocess
 import sys
-import tempfile
 import threading
 import time
 from collections.abc import Iterator
 from contextlib import suppress
-from dataclasses import dataclass
 from pathlib import Path
 
-import httpx
 import pytest
+from local_cluster import LocalCluster, watched
 
-pytestmark = [pytest.mark.system, pytest.mark.timeout(420)]
+pytestmark = [pytest.mark.system, pytest.mark.timeout(900)]
 
-RAY = [sys.executable, "-m", "ray.scripts.scripts"]
-OBJECT_STORE = ["--object-store-memory", "300000000", "--disable-usage-stats"]
-EPOCHS = 3
-
-
-@dataclass(frozen=True)
-class RunningCluster:
-    address: str
-    token_file: Path
-    environment: dict[str, str]
-
-    def command(self, *arguments: str, token_file: Path | None = None, address: str | None = None) -> list[str]:
-        options = ["--address", address or self.address, "--token-file", str(token_file or self.token_file)]
-        return [sys.executable, "-m", "cxr_ray", "submit", *options, *arguments]
-
-    def submit(self, *arguments: str, token_file: Path | None = None) -> subprocess.CompletedProcess[str]:
-        command = self.command(*arguments, token_file=token_file)
-        return subprocess.run(command, env=clean_environment(), capture_output=True, text=True, timeout=240, check=False)
+EPOCHS = 5
+HEAD_CPUS, NODE_CPUS = 3, 2
+STARTED = r"train: training, 2 workers \(processes (\d+), (\d+)\)"
+GOING_ON = r"train: going on from the checkpoint of epoch (\d+), (\d+) images, 2 workers \(processes (\d+), (\d+)\)"
 
 
-def clean_environment() -> dict[str, str]:
-    return {name: value for name, value in os.environ.items() if not name.startswith("RAY_")}
-
-
-def free_ports(count: int) -> list[int]:
-    held = [socket.create_server(("", 0)) for _ in range(count)]
-    ports = [each.getsockname()[1] for each in held]
-    for each in held:
-        each.close()
-    return ports
+def start_nodes(cluster: LocalCluster) -> None:
+    cluster.start_head(HEAD_CPUS)
+    cluster.start_node(NODE_CPUS)
 
 
 @pytest.fixture(scope="module")
-def cluster() -> Iterator[RunningCluster]:
-    # Ray's sockets lie below it, and a socket's path is limited to 107 characters.
-    folder = Path(tempfile.mkdtemp(prefix="cxr", dir="/tmp"))
-    token_file = folder / "token"
-    token_file.write_text(secrets.token_hex(16))
-    environment = clean_environment() | {
-        "RAY_AUTH_MODE": "token",
-        "RAY_AUTH_TOKEN_PATH": str(token_file),
-        "RAY_TMPDIR": str(folder),
-        "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}",
-    }
-    port, dashboard, client, head_agent, node_agent = free_ports(5)
-    head = [
-        *("--head", "--port", str(port), "--num-cpus", "3", "--ray-client-server-port", str(client)),
-        *("--dashboard-port", str(dashboard), "--dashboard-agent-listen-port", str(head_agent)),
-    ]
-    node = ["--address", f"127.0.0.1:{port}", "--num-cpus", "2", "--dashboard-agent-listen-port", str(node_agent)]
-    made = RunningCluster(f"http://127.0.0.1:{dashboard}", token_file, environment)
-    processes: list[subprocess.Popen[bytes]] = []
-    try:
-        for name, options in (("head", head), ("node", node)):
-            with (folder / f"{name}.log").open("wb") as log:
-                command = [*RAY, "start", "--block", *options, *OBJECT_STORE]
-                processes.append(
-                    subprocess.Popen(
-                        command, env=environment, cwd=folder, stdout=log, stderr=subprocess.STDOUT, start_new_session=True
-                    )
-                )
-            wait_for_nodes(made, len(processes), folder / f"{name}.log")
+def cluster() -> Iterator[LocalCluster]:
+    with LocalCluster() as made:
+        start_nodes(made)
         yield made
-    finally:
-        for process in reversed(processes):
-            with suppress(ProcessLookupError):
-                os.killpg(process.pid, signal.SIGKILL)
-            process.wait()
-        shutil.rmtree(folder, ignore_errors=True)
-
-
-def wait_for_nodes(cluster: RunningCluster, count: int, log: Path) -> None:
-    """Until that many nodes are alive and each has the agent that takes jobs."""
-    headers = {"Authorization": f"Bearer {cluster.token_file.read_text()}"}
-    alive = 0
-    for _ in range(120):
-        with suppress(httpx.HTTPError, KeyError, ValueError):
-            answer = httpx.get(f"{cluster.address}/api/v0/nodes", headers=headers, timeout=5)
-            nodes = answer.json()["data"]["result"]["result"]
-            alive = sum(node["state"] == "ALIVE" for node in nodes)
-            if alive >= count:
-                return
-        time.sleep(0.5)
-    pytest.fail(f"{alive} of {count} nodes came up:\n{log.read_text()[-2000:]}")
 
 
 class Relay:
@@ -146,7 +75,7 @@ class Relay:
 
 
 @pytest.fixture(scope="module")
-def dataset(cluster: RunningCluster, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def dataset(cluster: LocalCluster, tmp_path_factory: pytest.TempPathFactory) -> Path:
     root = tmp_path_factory.mktemp("phantoms")
     drawn = cluster.submit("ingest", "phantom", "--patients", "40", "--size", "64", "--out", f"{root}/release")
     assert drawn.returncode == 0, drawn.stdout + drawn.stderr
@@ -155,53 +84,56 @@ def dataset(cluster: RunningCluster, tmp_path_factory: pytest.TempPathFactory) -
     return root / "dataset"
 
 
-def test_training_survives_a_killed_worker_and_its_log_a_lost_connection(cluster, dataset, tmp_path):
-    # A node has two CPUs to give, so that each worker is on a node of its own.
-    options = ["--workers", "2", "--cpus-per-worker", "2", "--epochs", str(EPOCHS), "--max-failures", "2"]
-    train = ["train", "--data", str(dataset), "--out", str(tmp_path / "run"), *options]
+def train(dataset: Path, run: Path, *options: str, workers: int = 2, cpus: float = 2) -> list[str]:
+    """The command; with two CPUs for each worker, each is on a node of its own."""
+    placed = ["--workers", str(workers), "--cpus-per-worker", str(cpus)]
+    return ["train", "--data", str(dataset), "--out", str(run), "--epochs", str(EPOCHS), *placed, *options]
+
+
+@pytest.fixture(scope="module")
+def undisturbed(cluster: LocalCluster, dataset: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run whose log was followed over a connection that broke; the training itself was left in peace."""
+    run = tmp_path_factory.mktemp("undisturbed") / "run"
     relay = Relay(cluster.address)
-    lines: list[str] = []
-    dropped = killed = 0
-    command = cluster.command(*train, address=relay.address)
-    with subprocess.Popen(
-        command, env=clean_environment(), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
-    ) as submitting:
-        for line in submitting.stdout:
-            lines.append(line.rstrip())
-            if started := re.match(r"train: training, 2 workers \(processes (\d+), (\d+)\)", line):
-                workers = [int(pid) for pid in started.groups()]
-            if line.startswith(f"train: epoch 1/{EPOCHS}: loss"):
-                killed = workers[1]
-                os.kill(killed, signal.SIGKILL)
-            if line.startswith("train: going on"):
-                dropped = relay.drop()
+    with watched(cluster.command(*train(dataset, run), address=relay.address)) as job:
+        job.wait_for(STARTED)
+        assert relay.drop()
+        job.wait_for("cxr-ray: .*connection lost, the job goes on; trying again")
+        for epoch in range(1, EPOCHS + 1):
+            job.wait_for(rf"train: epoch {epoch}/{EPOCHS}: loss [\d.]+, validation [\d.]+, AUC [\d.]+")
+        assert job.finish() == 0, job.said
+        assert "going on from" not in job.said
+        assert job.said.count("Running entrypoint for job") == 1
     relay.close()
-    said = "\n".join(lines)
-    assert submitting.returncode == 0, said
-    assert killed and dropped, said
-    assert "connection lost, the job goes on; trying again" in said
-    going_on = re.search(r"train: going on from the checkpoint of epoch (\d+), 2 workers \(processes (\d+), (\d+)\)", said)
-    assert going_on and int(going_on[1]) >= 1, said
-    assert str(killed) not in going_on.groups()[1:]
-    validated = [int(epoch) for epoch in re.findall(rf"train: epoch (\d+)/{EPOCHS}: loss [\d.]+, validation AUC [\d.]+", said)]
-    assert validated == list(range(1, EPOCHS + 1)), said
-    assert said.count("Running entrypoint for job") == 1
-    verify = [sys.executable, "-m", "cxr_ray", "bundle", "verify", str(tmp_path / "run/bundle")]
+    return run
+
+
+def test_a_log_is_followed_over_a_lost_connection_and_the_bundle_is_intact(undisturbed):
+    verify = [sys.executable, "-m", "cxr_ray", "bundle", "verify", str(undisturbed / "bundle")]
     verified = subprocess.run(verify, capture_output=True, text=True, timeout=60, check=False)
     assert (verified.returncode, "intact" in verified.stdout) == (0, True), verified.stderr
 
 
-def test_a_failing_job_tells_why_and_hands_on_its_exit_code(cluster, tmp_path):
-    done = cluster.submit("train", "--data", str(tmp_path), "--out", str(tmp_path / "run"))
-    assert done.returncode == 1, done.stdout + done.stderr
-    assert f"cxr-ray: {tmp_path}: holds no manifest.json; make a dataset with 'cxr-ray ingest'" in done.stdout.splitlines()
-    submission_id = done.stdout.splitlines()[0]
-    assert done.stderr == f"cxr-ray: job {submission_id} failed with exit code 1; its log is above\n"
-    bad_usage = cluster.submit("train", "--data", str(tmp_path), "--out", str(tmp_path / "run"), "--epochs", "0")
-    assert bad_usage.returncode == 2, bad_usage.stdout + bad_usage.stderr
+def test_workers_that_no_node_can_hold_fail_the_job_at_once(cluster, dataset, tmp_path):
+    """Two of 2.5 CPUs are the five that the cluster has, and its second node has two."""
+    with watched(cluster.command(*train(dataset, tmp_path / "run", workers=2, cpus=2.5))) as job:
+        submission_id = job.wait_for("raysubmit_.*")[0]
+        job.wait_for("resume: false")
+        asked = time.monotonic()
+        refused = job.wait_for("cxr-ray: setting 'workers' is 2 with 2.5 CPU each: the cluster has (.*), room for 1 workers; ")
+        assert time.monotonic() - asked < 30, job.said
+        assert set(refused[1].split(", ")) == {"1 x 3 CPU", "1 x 2 CPU"}
+        job.wait_for(f"cxr-ray: job {submission_id} failed with exit code 1; its log is above$")
+        assert job.finish() == 1, job.said
+    assert not (tmp_path / "run").exists()
     again = cluster.submit("--submission-id", submission_id, "train")
     assert (again.returncode, again.stderr.count("\n")) == (1, 1)
     assert submission_id in again.stderr
+
+
+def test_a_job_hands_on_the_exit_code_of_bad_usage(cluster, tmp_path):
+    bad_usage = cluster.submit("train", "--data", str(tmp_path), "--out", str(tmp_path / "run"), "--epochs", "0")
+    assert bad_usage.returncode == 2, bad_usage.stdout + bad_usage.stderr
 
 
 def test_a_wrong_token_is_refused_in_one_line(cluster, tmp_path):
@@ -209,3 +141,32 @@ def test_a_wrong_token_is_refused_in_one_line(cluster, tmp_path):
     done = cluster.submit("train", "--data", "x", "--out", "y", token_file=tmp_path / "wrong")
     assert (done.returncode, done.stdout, done.stderr.count("\n")) == (1, "", 1)
     assert f"refuses the token from {tmp_path}/wrong" in done.stderr
+
+
+def test_a_run_outlives_a_worker_and_its_whole_cluster(cluster, dataset, undisturbed, tmp_path):
+    """Last here: the cluster is another one afterwards."""
+    run = tmp_path / "run"
+    with watched(cluster.command(*train(dataset, run))) as job:
+        started = job.wait_for(STARTED)
+        job.wait_for(f"train: epoch 1/{EPOCHS}")
+        os.kill(int(started[2]), signal.SIGKILL)
+        going_on = job.wait_for(GOING_ON)
+        assert int(going_on[1]) >= 1, job.said
+        assert started[2] not in going_on.groups()
+        job.wait_for(f"train: epoch {EPOCHS - 2}/{EPOCHS}")
+        cluster.kill_all()
+    assert not (run / "bundle").exists()
+    done = [result["epoch"] for result in epochs_of(run)]
+    start_nodes(cluster)
+    resumed = cluster.submit(*train(dataset, run, "--resume"))
+    assert resumed.returncode == 0, resumed.stdout + resumed.stderr
+    going_on = re.search(GOING_ON, resumed.stdout)
+    assert going_on and EPOCHS > int(going_on[1]) >= done[-1], resumed.stdout
+    disturbed, in_peace = epochs_of(run), epochs_of(undisturbed)
+    assert [result["epoch"] for result in disturbed] == list(range(1, EPOCHS + 1))
+    for figure in ("loss", "val_loss", "val_auc"):
+        assert [each[figure] for each in disturbed] == pytest.approx([each[figure] for each in in_peace], rel=1e-4)
+
+
+def epochs_of(run: Path) -> list[dict]:
+    return json.loads((run / "epochs.json").read_text())

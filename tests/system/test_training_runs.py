@@ -16,8 +16,11 @@ from cxr_ray.errors import CxrRayError
 from cxr_ray.evaluate_settings import EvaluateSettings
 from cxr_ray.evaluation import evaluate
 from cxr_ray.presets import PRESETS
+from cxr_ray.settings import load_settings
 from cxr_ray.train_events import EpochResult, TrainEvent
 from cxr_ray.train_settings import TrainSettings
+from cxr_ray.tune_settings import TuneSettings
+from cxr_ray.tuning import search
 from ingest.nih import NihSettings, ingest_nih
 from ingest.phantom_release import PhantomSettings, make_release
 
@@ -122,7 +125,7 @@ def test_the_bundle_holds_the_averaged_weights_that_were_validated(
 
 
 def test_patience_ends_a_run_early(few: Path, tmp_path: Path) -> None:
-    events = trained(few, tmp_path / "run", preset="clinical", epochs=30, batch_size=16, learning_rate=1e-9, patience=2)
+    events = trained(few, tmp_path / "run", preset="clinical", epochs=30, batch_size=16, learning_rate=1e-14, patience=2)
     assert events[-1].kind == "stopped"
     assert "has not improved for 2 epochs" in events[-1].text
     assert len(results(events)) < 30
@@ -148,3 +151,26 @@ def test_a_loss_that_is_no_number_ends_the_run_and_names_the_images(few: Path, t
     assert names
     assert set(names) <= known
     assert not (tmp_path / "run" / BUNDLE).exists()
+
+
+def test_a_search_stops_poor_trials_and_keeps_the_best_settings(few: Path, tmp_path: Path) -> None:
+    settings = TuneSettings(
+        **{"data": str(few), "out": str(tmp_path / "search"), "preset": "clinical", "batch_size": 4, "epochs": 2},
+        **{"search": "learning_rate=1e-14|1e-2,weight_decay=1e-4..1e-1", "trials": 3, "at_once": 1, "grace": 1, "reduction": 2},
+    )
+    told: list[tuple[str, int]] = []
+    trials = search(settings, lambda name, epoch, auc: told.append((name, epoch)))
+    assert len(trials) == 3
+    assert [trial.error for trial in trials] == [None] * 3
+    aucs = [trial.val_auc for trial in trials]
+    assert aucs == sorted(aucs, reverse=True)
+    assert sorted(told) == sorted((trial.name, epoch) for trial in trials for epoch in range(1, trial.epochs + 1))
+    assert {trial.drawn["learning_rate"] for trial in trials} == {"1e-14", "1e-2"}
+    assert trials[0].finished
+    assert any(not trial.finished for trial in trials), "no trial was stopped early"
+    assert (tmp_path / "search" / "trials" / trials[0].name / BUNDLE / "bundle.json").exists()
+    best = load_settings(TrainSettings, tmp_path / "search" / "best.yaml", {})
+    assert best.weight_decay == pytest.approx(trials[0].drawn["weight_decay"])
+    assert best.learning_rate == float(str(trials[0].drawn["learning_rate"]))
+    with pytest.raises(CxrRayError, match="is there already; choose another folder"):
+        search(settings, lambda *_: None)

@@ -1,0 +1,110 @@
+"""Training on a Ray cluster whose nodes come and go: more workers, fewer workers, and a notice before a node is taken away."""
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+from local_cluster import LocalCluster, Watched, watched
+from nih_release import HEADER
+
+from cxr_ray.bundle import load_bundle
+from cxr_ray.dataset import Dataset
+from cxr_ray.findings import FINDINGS
+from cxr_ray.train_state import STATE
+from ingest.phantom import simulate_patients
+
+pytestmark = [pytest.mark.system, pytest.mark.timeout(900)]
+
+HEAD_CPUS = 3
+GOING_ON = r"train: going on from the checkpoint of epoch (\d+), (\d+) images, (\d+) workers \(processes ([\d, ]+)\)"
+
+
+@pytest.fixture(scope="module")
+def cluster() -> Iterator[LocalCluster]:
+    """A head alone, where Ray looks every few seconds whether there is room for more workers."""
+    with LocalCluster({"CXR_RESIZE_SECONDS": "5"}) as made:
+        made.start_head(HEAD_CPUS)
+        yield made
+
+
+@pytest.fixture(scope="module")
+def dataset(cluster: LocalCluster, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Phantoms without their films: the network that reads none is trained in seconds."""
+    root = tmp_path_factory.mktemp("phantoms")
+    lines = [HEADER]
+    for visit in simulate_patients(4000, 0):
+        labels = "|".join(name for name, present in zip(FINDINGS, visit.labels, strict=True) if present)
+        who = f"{visit.visit},{visit.patient_id},{visit.age_years},{visit.sex},{visit.view}"
+        lines.append(f"{visit.image_id}.png,{labels or 'No Finding'},{who},1,1,0.1,0.1")
+    (root / "Data_Entry_2017_v2020.csv").write_text("\n".join(lines) + "\n")
+    options = ["--metadata-only", "--split", "random", "--out", f"{root}/dataset"]
+    done = cluster.submit("ingest", "nih", "--release", str(root), *options)
+    assert done.returncode == 0, done.stdout + done.stderr
+    return root / "dataset"
+
+
+def train(dataset: Path, run: Path, **settings: object) -> list[str]:
+    given = {"data": dataset, "out": run, "preset": "clinical"} | settings
+    return ["train", *(part for name, value in given.items() for part in (f"--{name.replace('_', '-')}", str(value)))]
+
+
+def ended_well(job: Watched, run: Path, epochs: int) -> list[dict]:
+    """The figures of all epochs of a run that ended with a bundle."""
+    assert job.finish() == 0, job.said
+    assert load_bundle(str(run / "bundle")).description.settings["epochs"] == epochs
+    results = json.loads((run / "epochs.json").read_text())
+    assert [result["epoch"] for result in results] == list(range(1, epochs + 1)), job.said
+    return results
+
+
+def test_a_run_grows_with_a_node_that_joins_and_shrinks_with_one_that_is_lost(cluster, dataset, tmp_path):
+    epochs, run = 32, tmp_path / "run"
+    images = Dataset(str(dataset)).split("train").images
+    # The head has room for one worker of two CPUs, and the node for another one.
+    options = {"workers": "1..2", "cpus_per_worker": 2, "epochs": epochs, "batch_size": 256}
+    with watched(cluster.command(*train(dataset, run, **options))) as job:
+        job.wait_for(r"train: training, 1 workers")
+        node = cluster.start_node(2)
+        grown = job.wait_for(GOING_ON)
+        assert (grown[3], int(grown[2])) == ("2", int(grown[1]) * images), job.said
+        on_node = {int(pid) for pid in grown[4].split(", ")} & set(cluster.processes(node))
+        assert len(on_node) == 1, job.said
+        job.wait_for(r"train: epoch \d+/")
+        cluster.kill(node)
+        left = job.wait_for(GOING_ON)
+        assert (left[3], int(left[2])) == ("1", int(left[1]) * images), job.said
+        assert int(left[1]) > int(grown[1]), job.said
+        results = ended_well(job, run, epochs)
+    alone, together = int(grown[1]), int(left[1]) - int(grown[1])
+    assert [result["workers"] for result in results] == [1] * alone + [2] * together + [1] * (epochs - alone - together)
+
+
+def test_a_notice_saves_the_middle_of_an_epoch_before_a_node_is_taken_away(cluster, dataset, tmp_path):
+    epochs, batch, run = 2, 6, tmp_path / "run"
+    images = Dataset(str(dataset)).split("train").images
+    # Ray packs workers onto the node with the most room: both are lost, and both find room on the head.
+    node = cluster.start_node(HEAD_CPUS + 2)
+    options = {"workers": 2, "cpus_per_worker": 1, "epochs": epochs, "batch_size": batch}
+    with watched(cluster.command(*train(dataset, run, **options))) as job:
+        started = job.wait_for(r"train: training, 2 workers \(processes (\d+), (\d+)\)")
+        assert {int(pid) for pid in started.groups()} <= set(cluster.processes(node)), job.said
+        job.wait_for(r"train: \d+/\d+ images")
+        cluster.drain(node, seconds=120)
+        notice = job.wait_for(r"train: a node is about to be taken away: checkpoint after (\d+) images of the epoch")
+        cluster.kill(node)
+        going_on = job.wait_for(GOING_ON)
+        saved = int(notice[1])
+        assert 0 < saved < images
+        assert (int(going_on[2]), going_on[3]) == (int(going_on[1]) * images + saved, "2"), job.said
+        ended_well(job, run, epochs)
+    # Each epoch has as many steps as without the interruption: none was trained again, and none left out.
+    assert steps_trained(run) == epochs * (images // batch)
+
+
+def steps_trained(run: Path) -> int:
+    """Steps of the optimiser that led to the last checkpoint of a run."""
+    last = max((run / "train").glob("checkpoint_2*"))
+    state = torch.load(last / STATE, weights_only=True)
+    return int(next(iter(state["optimizer"]["state"].values()))["step"])
