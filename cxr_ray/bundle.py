@@ -155,7 +155,7 @@ def _read_verified(uri: str) -> tuple[BundleDescription, bytes]:
     filesystem, root = storage.resolve(uri)
     path = f"{root}/{DESCRIPTION}"
     if not storage.exists(filesystem, path):
-        raise CxrRayError(f"{uri}: holds no {DESCRIPTION}; give the bundle folder that 'cxr-ray train' wrote")
+        raise CxrRayError(f"{storage.shown(uri)}: holds no {DESCRIPTION}; give the bundle folder that 'cxr-ray train' wrote")
     content = storage.read_bytes(filesystem, path)
     try:
         description = BundleDescription.model_validate_json(content)
@@ -185,19 +185,20 @@ def load_bundle(uri: str) -> Bundle:
         If a file is absent or altered, a tensor's shape does not fit, a weight is not finite, or the findings differ.
     """
     description, weights = _read_verified(uri)
+    shown = storage.shown(uri)
     if tuple(description.findings) != FINDINGS:
-        raise CxrRayError(f"{uri}: was trained on other findings ({', '.join(description.findings)}); train again")
+        raise CxrRayError(f"{shown}: was trained on other findings ({', '.join(description.findings)}); train again")
     if description.pixel_recipe != PIXEL_RECIPE:
-        raise CxrRayError(f"{uri}: was trained on pixels of another recipe; use the release that wrote it or train again")
+        raise CxrRayError(f"{shown}: was trained on pixels of another recipe; use the release that wrote it or train again")
     model = presets.build(description.preset, NetworkOptions(description.layout, description.variant))
     try:
         state = load(weights)
         model.load_state_dict(state)
     except (SafetensorError, RuntimeError) as error:
-        raise CxrRayError(f"{uri}/{WEIGHTS}: does not fit preset {description.preset} ({str(error)[:200]!r})") from None
+        raise CxrRayError(f"{shown}/{WEIGHTS}: does not fit preset {description.preset} ({str(error)[:200]!r})") from None
     for name, tensor in state.items():
         if not torch.isfinite(tensor).all():
-            raise CxrRayError(f"{uri}/{WEIGHTS}: {name} holds values that are not finite; train again with a smaller rate")
+            raise CxrRayError(f"{shown}/{WEIGHTS}: {name} holds values that are not finite; train again with a smaller rate")
     return Bundle(description, ClinicalStatistics.from_json(description.statistics), model.eval())
 
 

@@ -34,14 +34,14 @@ def _train(settings: TrainSettings, json: bool) -> None:
     check_data(settings, Dataset(settings.data))
     with ray_session(), ProgressReport("train", 0, "images") as progress:
         description = train_preset(settings, TrainingView(progress, settings.epochs))
-    bundle_uri = storage.child(settings.out, "bundle")
+    bundle_uri = storage.shown(storage.child(settings.out, "bundle"))
     if json:
         print_json({"bundle": bundle_uri, "digest": description.digest, "validation": description.validation})
         return
     console.print(
         f"bundle {bundle_uri}: validation AUC {description.validation['auc']:.3f} (epoch {description.validation['epoch']})"
     )
-    console.print(f"next: cxr-ray evaluate --bundle {bundle_uri} --data {settings.data}")
+    console.print(f"next: cxr-ray evaluate --bundle {bundle_uri} --data {storage.shown(settings.data)}")
 
 
 def _evaluate(settings: EvaluateSettings, json: bool) -> None:
@@ -65,7 +65,7 @@ def _evaluate(settings: EvaluateSettings, json: bool) -> None:
     published = find(evaluation.bundle.preset).published[:1] if _is_official_test(settings.split, scores.images) else ()
     console.print(auroc_table(title, scores, published[0].auc if published else None))
     if settings.out is not None:
-        console.print(f"written: {settings.out}/evaluation.json, {settings.out}/roc.png")
+        console.print(f"written to {storage.shown(settings.out)}: evaluation.json, roc.png")
 
 
 def _tune(settings: TuneSettings, json: bool) -> None:
@@ -84,7 +84,7 @@ def _tune(settings: TuneSettings, json: bool) -> None:
         print_json([{**asdict(trial), "val_auc": trial.val_auc if isfinite(trial.val_auc) else None} for trial in trials])
         return
     console.print(_trials_table(trials))
-    console.print(f"next: cxr-ray train --config {settings.out}/{BEST}")
+    console.print(f"next: cxr-ray train --config {storage.shown(storage.child(settings.out, BEST))}")
 
 
 def _trials_table(trials: "list[Trial]") -> object:
@@ -154,4 +154,4 @@ def verify(uri: BundleUri) -> None:
     from cxr_ray.bundle import load_bundle  # noqa: PLC0415
 
     description = load_bundle(uri).description
-    console.print(f"{uri}: intact, {description.name} {description.version}, digest {description.digest}")
+    console.print(f"{storage.shown(uri)}: intact, {description.name} {description.version}, digest {description.digest}")

@@ -84,11 +84,11 @@ class Dataset:
     """
 
     def __init__(self, uri: str) -> None:
-        self.uri = uri
+        self.uri = storage.shown(uri)
         self.filesystem, self.root = storage.resolve(uri)
         path = f"{self.root}/{MANIFEST}"
         if not storage.exists(self.filesystem, path):
-            raise CxrRayError(f"{uri}: holds no {MANIFEST}; make a dataset with 'cxr-ray ingest'")
+            raise CxrRayError(f"{self.uri}: holds no {MANIFEST}; make a dataset with 'cxr-ray ingest'")
         content = storage.read_bytes(self.filesystem, path)
         try:
             self.manifest = Manifest.model_validate_json(content)

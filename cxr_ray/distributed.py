@@ -6,7 +6,6 @@ checkpoint.
 
 import json
 import math
-import os
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -31,6 +30,7 @@ from cxr_ray.recipe import check_data, network_options, resolve
 from cxr_ray.records import clinical_columns, clinical_inputs, from_fixed_lists
 from cxr_ray.run_folder import begin_run, check_run
 from cxr_ray.run_history import RunHistory
+from cxr_ray.settings import without_credentials
 from cxr_ray.shard_rows import ShardReader
 from cxr_ray.tracking import trackers_for
 from cxr_ray.train_events import TrainEvent
@@ -43,9 +43,6 @@ BUNDLE = "bundle"
 PICTURE = "training.png"
 _RUN_NAME = "train"
 _SECONDS_TO_PLACE = 30.0
-# How long workers of a range work before it is looked at whether there is room for more of them.
-RESIZE_SECONDS_VARIABLE = "CXR_RESIZE_SECONDS"
-_SECONDS_BETWEEN_RESIZES = 60.0
 
 
 def train(settings: TrainSettings, watch: Callable[[TrainEvent], None]) -> BundleDescription:
@@ -140,7 +137,7 @@ def _trainer(task: WorkerTask) -> TorchTrainer:
             num_workers=most if fewest == most else (fewest, most),
             use_gpu=settings.gpu,
             resources_per_worker=_worker_resources(settings),
-            elastic_resize_monitor_interval_s=float(os.environ.get(RESIZE_SECONDS_VARIABLE, _SECONDS_BETWEEN_RESIZES)),
+            elastic_resize_monitor_interval_s=settings.resize_seconds,
         ),
         run_config=RunConfig(
             name=_RUN_NAME,
@@ -285,7 +282,7 @@ def _write_best(
             statistics=asdict(statistics),
             thresholds=thresholds,
             validation=validation,
-            settings=settings.model_dump(mode="json"),
+            settings=without_credentials(settings).model_dump(mode="json"),
             dataset_digest=dataset.digest,
         )
         with judged(presets.build(settings.preset, network), Path(folder), settings.ema) as model:

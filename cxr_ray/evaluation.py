@@ -148,7 +148,7 @@ def evaluate(settings: EvaluateSettings) -> Evaluation:
     dataset = Dataset(settings.data)
     _check_fit(settings, bundle, dataset)
     if dataset.split(settings.split).labelled == 0:
-        raise CxrRayError(f"--data {settings.data}: split {settings.split} has no labelled image; ingest with labels")
+        raise CxrRayError(f"--data {dataset.uri}: split {settings.split} has no labelled image; ingest with labels")
     predictions = predict_split(settings, bundle, dataset)
     scores = score_auroc(
         predictions.probabilities,
@@ -166,10 +166,10 @@ def evaluate(settings: EvaluateSettings) -> Evaluation:
 def _check_fit(settings: EvaluateSettings, bundle: BundleDescription, dataset: Dataset) -> None:
     if bundle.size is None:
         if settings.tta != "none":
-            raise UsageError(f"setting 'tta' is {settings.tta!r}: bundle {settings.bundle} reads no image; leave it out")
+            raise UsageError(f"setting 'tta' is {settings.tta!r}: bundle {bundle.name} reads no image; leave it out")
     elif (size := dataset.require_pixels()) != bundle.size:
         raise CxrRayError(
-            f"--data {settings.data}: images of {size} pixels, the bundle was trained on {bundle.size}; "
+            f"--data {dataset.uri}: images of {size} pixels, the bundle was trained on {bundle.size}; "
             f"ingest with --size {bundle.size}"
         )
     smallest = presets.find(bundle.preset).smallest_size

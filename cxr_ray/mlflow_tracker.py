@@ -20,13 +20,13 @@ from pyarrow import fs
 
 from cxr_ray import __version__, storage
 from cxr_ray.errors import CxrRayError, UsageError
+from cxr_ray.settings import without_credentials
 from cxr_ray.tracked_figures import (
     Say,
     epoch_figures,
     final_figures,
     reason,
     say_on_stderr,
-    settings_without_credentials,
     step_figures,
 )
 from cxr_ray.train_events import TrainEvent
@@ -182,7 +182,7 @@ class Mlflow:
         """Parameters cannot change in MLflow: what a resumed training has otherwise becomes a tag."""
         given = {
             name: value if isinstance(value, str) else json.dumps(value)
-            for name, value in settings_without_credentials(settings).items()
+            for name, value in without_credentials(settings).model_dump(mode="json").items()
         }
         known = run.data.params
         params = [self._entities.Param(name, value) for name, value in given.items() if name not in known]

@@ -4,7 +4,7 @@ import yaml
 
 from cxr_ray import storage
 from cxr_ray.errors import CxrRayError
-from cxr_ray.settings import as_yaml
+from cxr_ray.settings import as_yaml, without_credentials
 from cxr_ray.train_settings import TrainSettings
 
 RUN_SETTINGS = "settings.yaml"
@@ -24,11 +24,12 @@ def check_run(settings: TrainSettings) -> None:
         If it is neither, or that run has other settings.
     """
     filesystem, root = storage.resolve(settings.out)
+    out = storage.shown(settings.out)
     earlier = storage.exists(filesystem, f"{root}/{RUN_SETTINGS}")
     if earlier and not settings.resume:
-        raise CxrRayError(f"--out {settings.out}: holds a run already; choose another folder or go on with --resume")
+        raise CxrRayError(f"--out {out}: holds a run already; choose another folder or go on with --resume")
     if settings.resume and not earlier:
-        raise CxrRayError(f"--out {settings.out}: holds no run to resume; leave out --resume")
+        raise CxrRayError(f"--out {out}: holds no run to resume; leave out --resume")
     if earlier:
         _check_same_run(settings, storage.read_bytes(filesystem, f"{root}/{RUN_SETTINGS}").decode())
 
@@ -37,15 +38,15 @@ def begin_run(settings: TrainSettings) -> None:
     """Make the folder and write the settings to it: from here on it holds a run."""
     filesystem, root = storage.resolve(settings.out)
     filesystem.create_dir(root, recursive=True)
-    storage.write_atomically(filesystem, f"{root}/{RUN_SETTINGS}", as_yaml(settings).encode())
+    storage.write_atomically(filesystem, f"{root}/{RUN_SETTINGS}", as_yaml(without_credentials(settings)).encode())
 
 
 def _check_same_run(settings: TrainSettings, earlier_yaml: str) -> None:
     earlier = yaml.safe_load(earlier_yaml)
-    now = settings.model_dump(mode="json")
+    now = without_credentials(settings).model_dump(mode="json")
     for name in _SAME_ON_RESUME:
         if earlier.get(name) != now[name]:
             raise CxrRayError(
-                f"--resume: setting {name!r} is {now[name]!r}, the run in {settings.out} has {earlier.get(name)!r}; "
+                f"--resume: setting {name!r} is {now[name]!r}, the run in {now['out']} has {earlier.get(name)!r}; "
                 "give the same, or start a new run"
             )

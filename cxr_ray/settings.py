@@ -58,3 +58,11 @@ def _read_yaml(path: Path) -> dict[str, object]:
 def as_yaml(settings: Settings) -> str:
     """All settings as YAML, as printed and as stored with a run."""
     return yaml.safe_dump(settings.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
+
+
+def without_credentials(settings: SettingsType) -> SettingsType:
+    """The settings as they may be printed and stored: their URIs without users, passwords and keys."""
+    from cxr_ray.storage import shown  # noqa: PLC0415 - pyarrow, which some commands do not need
+
+    values = {name: shown(value) for name, value in settings.model_dump().items() if isinstance(value, str)}
+    return settings.model_copy(update=values)

@@ -10,7 +10,6 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-import yaml
 from pyarrow import fs
 from tensorboardX import summary
 from tensorboardX.event_file_writer import EventsWriter
@@ -19,13 +18,13 @@ from tensorboardX.proto.summary_pb2 import Summary
 
 from cxr_ray import __version__, storage
 from cxr_ray.errors import CxrRayError
+from cxr_ray.settings import as_yaml, without_credentials
 from cxr_ray.tracked_figures import (
     Say,
     epoch_figures,
     final_figures,
     reason,
     say_on_stderr,
-    settings_without_credentials,
     step_figures,
 )
 from cxr_ray.train_events import TrainEvent
@@ -150,5 +149,5 @@ def _scalars(figures: dict[str, float]) -> Summary:
 
 def _as_text(settings: TrainSettings) -> str:
     """The settings as a block of code in Markdown, which is what TensorBoard shows texts as."""
-    shown = yaml.safe_dump(settings_without_credentials(settings), sort_keys=False, allow_unicode=True)
+    shown = as_yaml(without_credentials(settings))
     return "".join(f"    {line}\n" for line in [f"# cxr-ray {__version__}", *shown.splitlines()])

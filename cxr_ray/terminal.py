@@ -10,7 +10,7 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
-from cxr_ray.settings import Settings, as_yaml
+from cxr_ray.settings import Settings, as_yaml, without_credentials
 
 # Long paths in a log must not be broken at 80 columns, and names in brackets are no markup.
 console = Console(soft_wrap=True, highlight=False, markup=False)
@@ -34,10 +34,7 @@ def single_command(function: Callable[..., None]) -> typer.Typer:
 
 def print_settings(command: str, settings: Settings) -> None:
     """Print all settings of a command on standard error, where they do not mix with its result; URIs without their secrets."""
-    from cxr_ray.storage import shown  # noqa: PLC0415 - pyarrow, which some commands do not need
-
-    values = {name: shown(value) for name, value in settings.model_dump().items() if isinstance(value, str)}
-    sys.stderr.write(f"# cxr-ray {command}\n{as_yaml(settings.model_copy(update=values))}")
+    sys.stderr.write(f"# cxr-ray {command}\n{as_yaml(without_credentials(settings))}")
 
 
 def print_json(value: object) -> None:

@@ -1,12 +1,10 @@
-"""What trackers tell of a run: the names of its figures, its settings without credentials, why something could not be told."""
+"""What trackers tell of a run: the names of its figures, why something could not be told."""
 
 import math
 import sys
 from collections.abc import Callable
 
-from cxr_ray import storage
 from cxr_ray.train_events import TrainEvent
-from cxr_ray.train_settings import TrainSettings
 
 Say = Callable[[str], None]
 
@@ -39,12 +37,6 @@ def final_figures(metrics: dict[str, float]) -> dict[str, float]:
 
 def _finite(figures: dict[str, float]) -> dict[str, float]:
     return {name: value for name, value in figures.items() if math.isfinite(value)}
-
-
-def settings_without_credentials(settings: TrainSettings) -> dict[str, object]:
-    """All settings, as JSON has them, their URIs as they may be stored."""
-    values = settings.model_dump(mode="json")
-    return {name: storage.shown(value) if isinstance(value, str) else value for name, value in values.items()}
 
 
 def reason(error: BaseException) -> str:

@@ -35,6 +35,9 @@ class TrainSettings(Settings):
     workers: str = Field(
         "1", description="Training processes (DDP), one a GPU where there are GPUs: a number, or a range such as 2..8."
     )
+    resize_seconds: float = Field(
+        60.0, ge=0, description="Seconds between two looks whether a range of workers can have more of them."
+    )
     gpu: bool = Field(default=False, description="Give each worker a GPU.")
     cpus_per_worker: float = Field(
         0.5, gt=0, description="Logical CPUs reserved for a worker; leave some of the cluster's to the data readers."

@@ -129,14 +129,14 @@ class _Worker:
         images = position.epoch * self._task.train_images + position.images
         self._reporter.begin_run(position.epoch, images, position.last)
         for order in orders:
+            if out_of_patience(self._position.val_aucs, settings.patience):
+                self._reporter.stopped(
+                    order.epoch - 1, f"validation AUC has not improved for {settings.patience} epochs: the run ends"
+                )
+                return
             if not self._train_epoch(order, step, batches):
                 return
             self._end_epoch(step)
-            if out_of_patience(self._position.val_aucs, settings.patience):
-                self._reporter.stopped(
-                    self._position.epoch - 1, f"validation AUC has not improved for {settings.patience} epochs: the run ends"
-                )
-                return
 
     def _step(self) -> TrainingStep:
         settings = self._settings

@@ -20,7 +20,7 @@ from cxr_ray.distributed import train
 from cxr_ray.errors import CxrRayError
 from cxr_ray.placement import check_placement, slots
 from cxr_ray.recipe import check_data, resolve
-from cxr_ray.settings import as_yaml
+from cxr_ray.settings import as_yaml, without_credentials
 from cxr_ray.train_events import TrainEvent
 from cxr_ray.tune_settings import Choice, TuneSettings, parse_search
 
@@ -115,7 +115,7 @@ def search(settings: TuneSettings, watch: Callable[[str, int, float], None]) -> 
     if math.isnan(trials[0].val_auc):
         raise CxrRayError(f"no trial got through an epoch; the first one: {trials[0].error or 'was stopped'}")
     best = resolve(settings.trial(storage.child(out, "best"), trials[0].drawn))
-    storage.write_atomically(filesystem, f"{root}/{BEST}", as_yaml(best).encode())
+    storage.write_atomically(filesystem, f"{root}/{BEST}", as_yaml(without_credentials(best)).encode())
     return trials
 
 

@@ -11,7 +11,7 @@ import sys
 import tempfile
 import threading
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -52,18 +52,13 @@ class Node:
 class LocalCluster:
     """Starts, kills and asks nodes; a context that kills all of them at its end.
 
-    Parameters
-    ----------
-    environment
-        Variables that the nodes, and so the jobs, have besides.
-
     Attributes
     ----------
     address
         URL of the dashboard; a head that is started again has the same one.
     """
 
-    def __init__(self, environment: Mapping[str, str] | None = None) -> None:
+    def __init__(self) -> None:
         # Ray's sockets lie below it, and a socket's path is limited to 107 characters.
         self._folder = Path(tempfile.mkdtemp(prefix="cxr", dir="/tmp"))
         self.token_file = self._folder / "token"
@@ -71,7 +66,6 @@ class LocalCluster:
         self._environment = (
             clean_environment()
             | FASTER
-            | dict(environment or {})
             | {
                 "RAY_AUTH_MODE": "token",
                 "RAY_AUTH_TOKEN_PATH": str(self.token_file),

@@ -23,8 +23,8 @@ GOING_ON = r"train: going on from the checkpoint of epoch (\d+), (\d+) images, (
 
 @pytest.fixture(scope="module")
 def cluster() -> Iterator[LocalCluster]:
-    """A head alone, where Ray looks every few seconds whether there is room for more workers."""
-    with LocalCluster({"CXR_RESIZE_SECONDS": "5"}) as made:
+    """A head alone."""
+    with LocalCluster() as made:
         made.start_head(HEAD_CPUS)
         yield made
 
@@ -63,7 +63,7 @@ def test_a_run_grows_with_a_node_that_joins_and_shrinks_with_one_that_is_lost(cl
     epochs, run = 32, tmp_path / "run"
     images = Dataset(str(dataset)).split("train").images
     # The head has room for one worker of two CPUs, and the node for another one.
-    options = {"workers": "1..2", "cpus_per_worker": 2, "epochs": epochs, "batch_size": 256}
+    options = {"workers": "1..2", "cpus_per_worker": 2, "epochs": epochs, "batch_size": 256, "resize_seconds": 5}
     with watched(cluster.command(*train(dataset, run, **options))) as job:
         job.wait_for(r"train: training, 1 workers")
         node = cluster.start_node(2)

@@ -1,4 +1,4 @@
-"""A release and an archive on an S3-compatible server become a dataset there: real sockets, nothing touches a local disk."""
+"""A release and an archive on an S3-compatible server become a dataset there, and a run there reads it: real sockets."""
 
 import io
 import subprocess
@@ -15,11 +15,17 @@ from nih_release import ROWS, make
 from pyarrow import fs
 
 from cxr_ray import storage
+from cxr_ray.bundle import load_bundle
 from cxr_ray.dataset import Dataset
+from cxr_ray.distributed import train
+from cxr_ray.evaluate_settings import EvaluateSettings
+from cxr_ray.evaluation import evaluate
 from cxr_ray.records import SPLITS
+from cxr_ray.train_settings import TrainSettings
 from ingest.contact_sheet import CONTACT_SHEET
 from ingest.dicom import DicomSettings, ingest_dicom
 from ingest.nih import NihSettings, ingest_nih
+from ingest.phantom_release import PhantomSettings, make_release
 from ingest.shards import LEFT_OUT
 
 pytestmark = [pytest.mark.system, pytest.mark.ray]
@@ -107,3 +113,26 @@ def test_an_archive_of_dicom_files_and_zips(ray_cluster, bucket, real_data, tmp_
     manifest = ingest_dicom(DicomSettings(source=bucket("dicom"), out=bucket("out/dicom"), size=16))
     assert manifest.counts["ingested"] == 2
     assert len(image_ids(bucket("out/dicom"))) == 2
+
+
+def test_a_run_reads_its_dataset_from_there_and_leaves_everything_there(ray_cluster, bucket, tmp_path, capfd):
+    make_release(PhantomSettings(out=str(tmp_path / "release"), patients=15, size=64))
+    ingest_nih(NihSettings(release=str(tmp_path / "release"), out=bucket("out/phantoms"), size=32))
+    settings = TrainSettings(data=bucket("out/phantoms"), out=bucket("runs/one"), preset="clinical", epochs=2, batch_size=16)
+    description = train(settings, lambda event: None)
+    held = names(bucket("runs/one"))
+    assert {"settings.yaml", "epochs.json", "training.png", "bundle/bundle.json", "bundle/model.safetensors"} <= held
+    assert any(name.startswith("tensorboard/") for name in held)
+    assert load_bundle(storage.child(bucket("runs/one"), "bundle")).description.digest == description.digest
+    # A finished run, resumed from the checkpoints that lie there.
+    resumed = train(settings.model_copy(update={"resume": True}), lambda event: None)
+    assert resumed.files["model.safetensors"] == description.files["model.safetensors"]
+    scored = evaluate(
+        EvaluateSettings(bundle=storage.child(bucket("runs/one"), "bundle"), data=bucket("out/phantoms"), resamples=100)
+    )
+    assert scored.scores.images == Dataset(bucket("out/phantoms")).split("test").images
+    filesystem, root = storage.resolve(bucket("runs/one"))
+    for name in ("settings.yaml", "bundle/bundle.json", "bundle/MODEL_CARD.md"):
+        assert SECRET not in storage.read_bytes(filesystem, f"{root}/{name}").decode()
+    printed = capfd.readouterr()
+    assert SECRET not in printed.out + printed.err
