@@ -25,7 +25,7 @@ OBJECT_STORE = ["--object-store-memory", "300000000", "--disable-usage-stats"]
 FASTER = {
     "RAY_health_check_period_ms": "1000",
     "RAY_TRAIN_PREEMPTION_POLL_INTERVAL_S": "1",
-    "RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S": "10",
+    "RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S": "5",
 }
 
 
