@@ -15,10 +15,8 @@ from typing import Literal
 import torch
 from torch.nn import functional as F
 
-from cxr_ray.train_settings import Augmentation
+from cxr_ray.train_settings import Augmentation, Views
 from cxr_ray.vision import IMAGENET_MEAN, IMAGENET_STD
-
-Views = Literal["none", "flip", "ten-crop"]
 
 # What a black pixel is to a network.
 BLACK = -IMAGENET_MEAN / IMAGENET_STD

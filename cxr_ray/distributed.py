@@ -6,6 +6,7 @@ checkpoint.
 
 import json
 import math
+import os
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -64,7 +65,7 @@ def train(settings: TrainSettings, watch: Callable[[TrainEvent], None]) -> Bundl
     dataset = Dataset(settings.data)
     network = network_options(settings)
     check_data(settings, dataset)
-    check_placement(settings.worker_range[0], _worker_resources(settings))
+    check_placement(settings.worker_range[0], settings.worker_resources)
     check_run(settings)
     history = RunHistory(settings.out)
     follower = _Follower(settings, history, watch)
@@ -97,7 +98,7 @@ def _task(settings: TrainSettings, dataset: Dataset, network: NetworkOptions) ->
     metadata = dataset.read("train", [*clinical_columns(layout.encoding), "labels"])
     statistics = fit_statistics(clinical_inputs(metadata, layout.encoding))
     labels = from_fixed_lists(metadata["labels"])
-    size = None if presets.find(settings.preset).published_size is None else dataset.require_pixels()
+    size = dataset.require_pixels() if presets.find(settings.preset).reads_images else None
     train_reader, val_reader = (
         ShardReader(dataset.filesystem, tuple(dataset.row_groups(split)), size, layout, statistics)
         for split in ("train", "val")
@@ -122,21 +123,20 @@ def _queue_beside_the_driver() -> Queue:
     return Queue(actor_options={"num_cpus": 0, "scheduling_strategy": here})
 
 
-def _worker_resources(settings: TrainSettings) -> dict[str, float]:
-    return {"CPU": settings.cpus_per_worker} | ({"GPU": 1.0} if settings.gpu else {})
-
-
 def _trainer(task: WorkerTask) -> TorchTrainer:
     settings = task.settings
     filesystem, root = storage.resolve(settings.out)
     fewest, most = settings.worker_range
+    if fewest != most:
+        # A node that is lost without notice leaves room for fewer workers: Ray tries again with those only after this time.
+        os.environ.setdefault("RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S", "15")
     return TorchTrainer(
         train_worker,
         train_loop_config={"task": task},
         scaling_config=ScalingConfig(
             num_workers=most if fewest == most else (fewest, most),
             use_gpu=settings.gpu,
-            resources_per_worker=_worker_resources(settings),
+            resources_per_worker=settings.worker_resources,
             elastic_resize_monitor_interval_s=settings.resize_seconds,
         ),
         run_config=RunConfig(
@@ -272,8 +272,7 @@ def _write_best(
         thresholds = validation.pop("thresholds")
         if settings.resume and (finished := _bundle_of(uri, validation, dataset)) is not None:
             return finished
-        reads_images = presets.find(settings.preset).published_size is not None
-        size = dataset.require_pixels() if reads_images else None
+        size = dataset.require_pixels() if presets.find(settings.preset).reads_images else None
         description = describe(
             preset=settings.preset,
             network=network,

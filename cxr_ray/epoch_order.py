@@ -40,6 +40,11 @@ class Segment:
     batch: int
     steps: int
 
+    @property
+    def images(self) -> int:
+        """Images that all workers took together."""
+        return self.workers * self.batch * self.steps
+
 
 @dataclass(frozen=True)
 class EpochOrder:
@@ -71,7 +76,7 @@ class EpochOrder:
         return self._within_windows(self._sequence(begin, end), (0, rank))
 
     def _left(self) -> int:
-        return sum(self.group_rows) - sum(part.workers * part.batch * part.steps for part in self.done)
+        return sum(self.group_rows) - sum(part.images for part in self.done)
 
     @staticmethod
     def _share(workers: int, batch: int, rank: int, images: int) -> tuple[int, int]:

@@ -7,7 +7,7 @@ import ray
 
 from cxr_ray.errors import CxrRayError
 
-# What is left to the tasks that read shards, so that the workers never wait for data that nobody may read.
+# What a task that reads shards takes of one node: workers that leave it nowhere wait for data that nobody may read.
 _CPUS_FOR_READERS = 0.5
 
 
@@ -24,29 +24,25 @@ def check_placement(workers: int, resources: Mapping[str, float]) -> None:
     CxrRayError
         Saying what is asked and what is there.
     """
-    nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
-    total = _sum(nodes)
+    nodes = _alive()
     grown = _largest_cluster()
-    slots = sum(_slots(node, resources) for node in nodes)
-    readers_have_room = total.get("CPU", 0) - workers * resources.get("CPU", 0) >= _CPUS_FOR_READERS
-    if slots >= workers and readers_have_room:
+    room = _room(nodes, resources)
+    if room >= workers:
         return
     if grown is not None and _slots(grown, resources) >= workers:
         return
-    asked = f"setting 'workers' is {workers} with {_said(resources)} each"
     there = ", ".join(f"{count} x {_said(dict(held))}" for held, count in _alike(nodes, resources).items())
-    why = "the cluster has" if slots < workers else "tasks that read the data need half a CPU besides, and the cluster has"
     raise CxrRayError(
-        f"{asked}: {why} {there or 'no node'}, room for {slots} workers; lower workers or cpus_per_worker, or add nodes"
+        f"setting 'workers' is {workers} with {_said(resources)} each: the cluster has {there or 'no node'}, room for {room} "
+        "beside the half CPU that reading the data takes; lower workers or cpus_per_worker, or add nodes"
     )
 
 
 def slots(resources: Mapping[str, float]) -> int:
     """How many workers the cluster as it is has room for, with something left to the tasks that read their data."""
-    nodes = [dict(node["Resources"]) for node in ray.nodes() if node["Alive"]]
-    total = _sum(nodes).get("CPU", 0.0)
+    nodes = _alive()
     with_reader = resources.get("CPU", 0.0) + _CPUS_FOR_READERS
-    return min(sum(_slots(node, resources) for node in nodes), int(total / with_reader))
+    return min(sum(_slots(node, resources) for node in nodes), int(_cpus(nodes) / with_reader))
 
 
 def lacking(workers: int, resources: Mapping[str, float]) -> str | None:
@@ -58,13 +54,28 @@ def lacking(workers: int, resources: Mapping[str, float]) -> str | None:
     return f"{workers} workers with {_said(resources)} each; the cluster has {_said(free)} free now"
 
 
+def _room(nodes: list[dict[str, float]], wanted: Mapping[str, float]) -> int:
+    """How many workers fit into the nodes when one of these has room for a reader besides."""
+    fit = [_slots(node, wanted) for node in nodes]
+    beside_reader = [
+        _slots(node | {"CPU": node["CPU"] - _CPUS_FOR_READERS}, wanted) if node.get("CPU", 0.0) >= _CPUS_FOR_READERS else -1
+        for node in nodes
+    ]
+    return max((sum(fit) - each + left for each, left in zip(fit, beside_reader, strict=True) if left >= 0), default=0)
+
+
 def _slots(held: Mapping[str, float], wanted: Mapping[str, float]) -> int:
     """How many workers fit into these resources."""
     return min((int(held.get(name, 0) / amount + 1e-9) for name, amount in wanted.items() if amount), default=1_000_000)
 
 
-def _sum(nodes: list[dict[str, float]]) -> dict[str, float]:
-    return {name: sum(node.get(name, 0) for node in nodes) for name in {name for node in nodes for name in node}}
+def _alive() -> list[dict[str, float]]:
+    """What each node that is there has in all."""
+    return [node["Resources"] for node in ray.nodes() if node["Alive"]]
+
+
+def _cpus(nodes: list[dict[str, float]]) -> float:
+    return sum(node.get("CPU", 0.0) for node in nodes)
 
 
 def _alike(nodes: list[dict[str, float]], wanted: Mapping[str, float]) -> dict[tuple[tuple[str, float], ...], int]:

@@ -50,7 +50,7 @@ def _overview(listed: "list[Preset]") -> Table:
 
 
 def _reads(preset: "Preset") -> str:
-    parts = [] if preset.published_size is None else ["image"]
+    parts = ["image"] if preset.reads_images else []
     parts += ["age, sex, view"] if preset.layout.meta else []
     parts += [f"history ({preset.layout.encoding})"] if preset.layout.history else []
     return ", ".join(parts)
@@ -84,7 +84,7 @@ def _show(preset: "Preset") -> None:
     facts.add_row("network", preset.summary)
     facts.add_row("source", preset.source)
     facts.add_row("reads", _reads(preset))
-    if preset.published_size is not None:
+    if preset.reads_images:
         said = "as published" if preset.published else "meant"
         facts.add_row("pixels", f"{preset.published_size} {said}, at least {preset.smallest_size}")
     facts.add_row("variants", ", ".join(preset.variants))

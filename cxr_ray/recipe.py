@@ -56,7 +56,7 @@ def check_data(settings: TrainSettings, dataset: Dataset) -> None:
             f"{dataset.uri}: split train has {dataset.split('train').images} images for {settings.worker_range[1]} workers; "
             "lower workers"
         )
-    if preset.published_size is None:
+    if not preset.reads_images:
         if settings.input_size is not None:
             raise UsageError(
                 f"setting 'input_size' is {settings.input_size}: preset {preset.name} reads no image; leave it out"

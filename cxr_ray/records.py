@@ -3,7 +3,7 @@
 Age, sex, view, labels and history are nullable: missing is not zero and not negative. Row order carries no meaning.
 """
 
-from math import isqrt
+from math import isqrt, prod
 
 import numpy as np
 import pyarrow as pa
@@ -76,11 +76,26 @@ def record_schema(size: int | None) -> pa.Schema:
     return pa.schema([*_METADATA_FIELDS, pa.field("pixels", pa.binary(size * size), nullable=False, metadata=shape)])
 
 
+def packed(rows: np.ndarray) -> pa.FixedSizeBinaryArray:
+    """Pack an array of shape (N, ...) into N strings of bytes, which cost nothing to unpack."""
+    width = rows.dtype.itemsize * prod(rows.shape[1:])
+    return pa.FixedSizeBinaryArray.from_buffers(pa.binary(width), len(rows), [None, pa.py_buffer(np.ascontiguousarray(rows))])
+
+
+def unpacked(column: pa.ChunkedArray, dtype: type[np.generic]) -> np.ndarray:
+    """What `packed` packed: shape (N, K), read-only where no copy was needed."""
+    width = column.type.byte_width
+    count = width // np.dtype(dtype).itemsize
+    chunks = [
+        np.frombuffer(chunk.buffers()[1], dtype=dtype, count=len(chunk) * count, offset=chunk.offset * width)
+        for chunk in column.chunks
+    ]
+    return (chunks[0] if len(chunks) == 1 else np.concatenate(chunks)).reshape(-1, count)
+
+
 def pixel_column(squares_NHW: np.ndarray) -> pa.FixedSizeBinaryArray:
     """Pack stored squares (uint8, shape (N, size, size)) into the ``pixels`` column."""
-    rows, size, _ = squares_NHW.shape
-    data = pa.py_buffer(np.ascontiguousarray(squares_NHW, dtype=np.uint8))
-    return pa.FixedSizeBinaryArray.from_buffers(pa.binary(size * size), rows, [None, data])
+    return packed(squares_NHW.astype(np.uint8, copy=False))
 
 
 def fixed_lists(values: np.ndarray, known: np.ndarray | None = None) -> pa.FixedSizeListArray:
@@ -143,10 +158,5 @@ def _past_visits(table: pa.Table) -> PastVisits:
 
 def pixel_array(column: pa.ChunkedArray) -> np.ndarray:
     """The ``pixels`` of a table as one uint8 array, shape (N, size, size), read-only where no copy was needed."""
-    width = column.type.byte_width
-    size = isqrt(width)
-    chunks = [
-        np.frombuffer(chunk.buffers()[1], dtype=np.uint8, count=len(chunk) * width, offset=chunk.offset * width)
-        for chunk in column.chunks
-    ]
-    return (chunks[0] if len(chunks) == 1 else np.concatenate(chunks)).reshape(-1, size, size)
+    size = isqrt(column.type.byte_width)
+    return unpacked(column, np.uint8).reshape(-1, size, size)

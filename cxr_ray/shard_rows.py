@@ -12,7 +12,7 @@ from cxr_ray import clinical
 from cxr_ray.clinical import ClinicalLayout, ClinicalStatistics
 from cxr_ray.epoch_order import RowGroup
 from cxr_ray.errors import CxrRayError
-from cxr_ray.records import clinical_columns, clinical_inputs, from_fixed_lists, pixel_array, pixel_column
+from cxr_ray.records import clinical_columns, clinical_inputs, from_fixed_lists, packed, pixel_array, pixel_column
 
 
 @dataclass(frozen=True)
@@ -54,7 +54,8 @@ class ShardReader:
         CxrRayError
             If a shard is absent, damaged, or not the one that the manifest lists.
         """
-        metadata, squares = self._gather(rows, [*clinical_columns(self.layout.encoding), "labels"])
+        squares = None if self.size is None else np.empty((len(rows), self.size, self.size), dtype=np.uint8)
+        metadata = self._gather(rows, [*clinical_columns(self.layout.encoding), "labels"], squares)
         columns: dict[str, pa.Array] = {"row": pa.array(rows), "labels": packed(from_fixed_lists(metadata["labels"]))}
         if self.layout.width:
             inputs = clinical_inputs(metadata, self.layout.encoding)
@@ -67,36 +68,19 @@ class ShardReader:
 
     def image_ids(self, rows: np.ndarray) -> list[str]:
         """The image ids at these positions."""
-        return _read(self.filesystem, self.groups, rows, ["image_id"])["image_id"].to_pylist()
+        return self._gather(rows, ["image_id"])["image_id"].to_pylist()
 
-    def _gather(self, rows: np.ndarray, names: list[str]) -> tuple[pa.Table, np.ndarray | None]:
-        if self.size is None:
-            return _read(self.filesystem, self.groups, rows, names), None
-        squares = np.empty((len(rows), self.size, self.size), dtype=np.uint8)
+    def _gather(self, rows: np.ndarray, names: list[str], squares: np.ndarray | None = None) -> pa.Table:
+        """These columns of the rows; `squares`, shape (N, size, size), are filled with their pixels."""
+        wanted = names if squares is None else [*names, "pixels"]
         parts, places = [], []
         for group, chosen, place in _by_group(self.groups, rows):
-            table = _read_group(self.filesystem, group, [*names, "pixels"])
-            squares[place] = pixel_array(table["pixels"])[chosen]
+            table = _read_group(self.filesystem, group, wanted)
+            if squares is not None:
+                squares[place] = pixel_array(table["pixels"])[chosen]
             parts.append(table.select(names).take(chosen))
             places.append(place)
-        return _in_order(parts, places), squares
-
-
-def packed(values: np.ndarray) -> pa.FixedSizeBinaryArray:
-    """Pack float32, shape (N, K), into N strings of 4 K bytes, which cost nothing to unpack."""
-    width = values.shape[1] * 4
-    buffer = pa.py_buffer(np.ascontiguousarray(values, dtype=np.float32))
-    return pa.FixedSizeBinaryArray.from_buffers(pa.binary(width), len(values), [None, buffer])
-
-
-def unpacked(column: pa.ChunkedArray) -> np.ndarray:
-    """What `packed` packed: float32, shape (N, K), read-only where no copy was needed."""
-    width = column.type.byte_width // 4
-    parts = [
-        np.frombuffer(chunk.buffers()[1], dtype=np.float32, count=len(chunk) * width, offset=chunk.offset * width * 4)
-        for chunk in column.chunks
-    ]
-    return (parts[0] if len(parts) == 1 else np.concatenate(parts)).reshape(-1, width)
+        return pa.concat_tables(parts).combine_chunks().take(np.argsort(np.concatenate(places)))
 
 
 def _by_group(groups: Sequence[RowGroup], rows: np.ndarray) -> list[tuple[RowGroup, np.ndarray, np.ndarray]]:
@@ -108,18 +92,6 @@ def _by_group(groups: Sequence[RowGroup], rows: np.ndarray) -> list[tuple[RowGro
         (groups[int(number)], rows[place] - groups[int(number)].first, place)
         for number, place in zip(owners, np.split(order, starts[1:]), strict=True)
     ]
-
-
-def _read(filesystem: fs.FileSystem, groups: Sequence[RowGroup], rows: np.ndarray, names: list[str]) -> pa.Table:
-    parts, places = [], []
-    for group, chosen, place in _by_group(groups, rows):
-        parts.append(_read_group(filesystem, group, names).take(chosen))
-        places.append(place)
-    return _in_order(parts, places)
-
-
-def _in_order(parts: list[pa.Table], places: list[np.ndarray]) -> pa.Table:
-    return pa.concat_tables(parts).combine_chunks().take(np.argsort(np.concatenate(places)))
 
 
 def _read_group(filesystem: fs.FileSystem, group: RowGroup, names: list[str]) -> pa.Table:

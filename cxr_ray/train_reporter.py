@@ -2,6 +2,7 @@
 
 import os
 import time
+from dataclasses import dataclass
 
 import torch
 from ray.util.queue import Queue
@@ -9,6 +10,16 @@ from ray.util.queue import Queue
 from cxr_ray.train_events import EpochResult, TrainEvent
 
 _SECONDS_BETWEEN_EVENTS = 1.0
+
+
+@dataclass(frozen=True)
+class TrainedSoFar:
+    """Of an epoch: images of all workers, mean loss (NaN before the first), images a second, share of time spent waiting."""
+
+    images: int
+    loss: float
+    images_per_second: float
+    waiting: float
 
 
 class Reporter:
@@ -76,11 +87,15 @@ class Reporter:
             )
         self._sent, self._images_sent, self._waited_sent, self._losses = now, self._images, self._waited, []
 
-    def trained(self) -> tuple[float, float, float]:
-        """Of the epoch so far: mean loss, images a second, share of the time spent waiting for data."""
+    def trained(self) -> "TrainedSoFar":
+        """The epoch's figures since its clock was started."""
         seconds = max(time.monotonic() - self._started, 1e-9)
-        loss = float(torch.stack(self._epoch_losses).mean()) if self._epoch_losses else float("nan")
-        return loss, self._trained_images / seconds, min(1.0, self._waited / seconds)
+        return TrainedSoFar(
+            images=self._trained_images,
+            loss=float(torch.stack(self._epoch_losses).mean()) if self._epoch_losses else float("nan"),
+            images_per_second=self._trained_images / seconds,
+            waiting=min(1.0, self._waited / seconds),
+        )
 
     def seconds(self) -> float:
         """Seconds since the epoch's clock was started."""

@@ -104,3 +104,8 @@ class TrainSettings(Settings):
         """Fewest and most workers."""
         low, _, high = self.workers.partition("..")
         return int(low), int(high or low)
+
+    @property
+    def worker_resources(self) -> dict[str, float]:
+        """What Ray reserves for one worker."""
+        return {"CPU": self.cpus_per_worker} | ({"GPU": 1.0} if self.gpu else {})

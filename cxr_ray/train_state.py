@@ -32,6 +32,8 @@ class RunPosition:
         Epochs that are done.
     done
         What is done of the next one: nothing, but for a checkpoint that was taken in its middle.
+    losses
+        Mean training loss of each part that is done of it.
     val_losses, val_aucs
         Of each epoch that is done; learning rate schedule and patience follow from them.
     last
@@ -40,6 +42,7 @@ class RunPosition:
 
     epoch: int = 0
     done: tuple[Segment, ...] = ()
+    losses: tuple[float, ...] = ()
     val_losses: tuple[float, ...] = ()
     val_aucs: tuple[float, ...] = ()
     last: EpochResult | None = None
@@ -47,17 +50,27 @@ class RunPosition:
     @property
     def images(self) -> int:
         """Images of the unfinished epoch that are done."""
-        return sum(part.workers * part.batch * part.steps for part in self.done)
+        return sum(part.images for part in self.done)
 
-    def within(self, part: Segment) -> "RunPosition":
-        """The position when `part` of the next epoch is done as well."""
-        return replace(self, done=(*self.done, part))
+    def within(self, part: Segment, loss: float) -> "RunPosition":
+        """The position when `part` of the next epoch is done as well, with this mean loss."""
+        return replace(self, done=(*self.done, part), losses=(*self.losses, loss))
+
+    def epoch_loss(self, loss: float, images: int) -> float:
+        """Mean loss of the next epoch when the rest of it, so many images, had this one."""
+        parts = [*zip(self.losses, (part.images for part in self.done), strict=True), (loss, images)]
+        return sum(mean * count for mean, count in parts if count) / sum(count for _, count in parts)
 
     def after_epoch(self, result: EpochResult) -> "RunPosition":
         """The position at the next epoch's beginning."""
         # Without a positive the validation split cannot rank epochs: all are then worth the same.
         auc = result.val_auc if math.isfinite(result.val_auc) else 0.0
-        return RunPosition(self.epoch + 1, (), (*self.val_losses, result.val_loss), (*self.val_aucs, auc), result)
+        return RunPosition(
+            self.epoch + 1,
+            val_losses=(*self.val_losses, result.val_loss),
+            val_aucs=(*self.val_aucs, auc),
+            last=result,
+        )
 
 
 @dataclass(frozen=True)
@@ -105,7 +118,7 @@ class Trained:
         held = state["position"]
         done = tuple(Segment(**part) for part in held["done"])
         last = EpochResult(**held["last"]) if held["last"] is not None else None
-        return RunPosition(held["epoch"], done, tuple(held["val_losses"]), tuple(held["val_aucs"]), last)
+        return RunPosition(held["epoch"], done, tuple(held["losses"]), tuple(held["val_losses"]), tuple(held["val_aucs"]), last)
 
 
 @contextlib.contextmanager

@@ -90,13 +90,13 @@ class _Worker:
         if not self._settings.gpu:
             torch.set_num_threads(max(1, available_cpus() // context.get_local_world_size()))
         self._device = ray.train.torch.get_device()
-        self._model = self._build()
+        checkpoint = ray.train.get_checkpoint()
+        self._model = self._build(resumed=checkpoint is not None)
         self._trained = Trained(
             self._model,
             make_optimizer(self._model, self._settings),
             AveragedWeights(self._model, self._settings.ema) if self._settings.ema else None,
         )
-        checkpoint = ray.train.get_checkpoint()
         self._position = RunPosition() if checkpoint is None else self._trained.restore(checkpoint)
         # Of fewer images than a batch, each worker takes as many as the others.
         self._batch = max(1, min(self._settings.batch_size, task.train_images) // self._workers)
@@ -109,10 +109,9 @@ class _Worker:
         self._guard = LossGuard(self._workers, self._device)
         self._noticed_deadline: int | None = -1
 
-    def _build(self) -> Network:
+    def _build(self, *, resumed: bool) -> Network:
         settings, task = self._settings, self._task
         torch.manual_seed(settings.seed)
-        resumed = ray.train.get_checkpoint() is not None
         # A checkpoint brings all weights: those that the run began with need not be there any more.
         init = "random" if resumed else settings.init
         model = presets.build(settings.preset, task.network, init=init)
@@ -220,7 +219,7 @@ class _Worker:
             return
         self._noticed_deadline = notice.deadline_ms
         self._average_statistics()
-        position = self._position.within(Segment(self._workers, self._batch, steps))
+        position = self._position.within(Segment(self._workers, self._batch, steps), self._reporter.trained().loss)
         # Nothing of it was validated: it never becomes the bundle, and goes when there is a better one.
         self._report({"val_auc": -1.0, "epoch": epoch}, position, None)
         self._reporter.notice(
@@ -228,7 +227,7 @@ class _Worker:
         )
 
     def _end_epoch(self, step: TrainingStep) -> None:
-        loss, rate, waiting = self._reporter.trained()
+        trained = self._reporter.trained()
         self._average_statistics()
         with self._averaged_weights():
             logits, labels = self._validate(step.precision)
@@ -237,13 +236,13 @@ class _Worker:
         aucs = auroc(scores, labels)
         result = EpochResult(
             epoch=self._position.epoch + 1,
-            loss=loss,
+            loss=self._position.epoch_loss(trained.loss, trained.images),
             val_loss=val_loss,
             val_auc=mean_auroc(aucs),
             val_auc_by_finding={name: float(auc) for name, auc in zip(FINDINGS, aucs, strict=True) if np.isfinite(auc)},
             learning_rate=step.optimizer.param_groups[0]["lr"],
-            images_per_second=rate,
-            waiting=waiting,
+            images_per_second=trained.images_per_second,
+            waiting=trained.waiting,
             seconds=self._reporter.seconds(),
             workers=self._workers,
         )

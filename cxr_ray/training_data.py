@@ -19,8 +19,8 @@ from ray.data.collate_fn import ArrowBatchCollateFn
 from ray.data.datasource import Datasource, ReadTask
 
 from cxr_ray.epoch_order import EpochOrder, windows
-from cxr_ray.records import pixel_array
-from cxr_ray.shard_rows import ShardReader, unpacked
+from cxr_ray.records import pixel_array, unpacked
+from cxr_ray.shard_rows import ShardReader
 from cxr_ray.training import Batch
 
 # Windows that are read ahead of the one in use, and the logical CPUs that reading one takes: it is copying, not decoding.
@@ -121,10 +121,10 @@ def as_batch(table: pa.Table) -> Batch:
     rows = table.num_rows
     held = set(table.column_names)
     pixels = pixel_array(table["pixels"]) if "pixels" in held else np.empty((rows, 0, 0), dtype=np.uint8)
-    numbers = unpacked(table["clinical"]) if "clinical" in held else np.empty((rows, 0), dtype=np.float32)
+    numbers = unpacked(table["clinical"], np.float32) if "clinical" in held else np.empty((rows, 0), dtype=np.float32)
     return Batch(
         pixels=torch.from_numpy(np.array(pixels)),
         clinical=torch.from_numpy(np.array(numbers)),
-        labels=torch.from_numpy(np.array(unpacked(table["labels"]))),
+        labels=torch.from_numpy(np.array(unpacked(table["labels"], np.float32))),
         rows=torch.from_numpy(table["row"].to_numpy().copy()),
     )

@@ -17,7 +17,7 @@ class TrainingView:
         """Show an event."""
         if event.kind == "start":
             self._progress.set_total(event.images_total)
-            self._progress.say(_beginning(event))
+            self._progress.say(_beginning(event, self._epochs))
             self._progress.move_to(event.images)
         elif event.kind == "step":
             self._progress.move_to(event.images, self._note(event), rate=event.rate)
@@ -33,11 +33,17 @@ class TrainingView:
         return f"epoch {event.epoch}/{self._epochs}, loss {event.loss:.4f}{auc}, {event.waiting:.0%} waiting"
 
 
-def _beginning(event: TrainEvent) -> str:
+def _beginning(event: TrainEvent, epochs: int) -> str:
     workers = f"{len(event.pids)} workers (processes {', '.join(map(str, event.pids))})"
     if event.images == 0:
         return f"training, {workers}"
-    return f"going on from the checkpoint of epoch {event.epoch - 1}, {event.images} images, {workers}"
+    return f"going on from the checkpoint after {_place(event, epochs)}, {workers}"
+
+
+def _place(event: TrainEvent, epochs: int) -> str:
+    """Where a run is that has begun: after a whole epoch, or in the middle of one."""
+    within = event.images - (event.epoch - 1) * (event.images_total // epochs)
+    return f"{within} images of epoch {event.epoch}" if within else f"epoch {event.epoch - 1}"
 
 
 def _epoch_line(result: EpochResult, epochs: int) -> str:

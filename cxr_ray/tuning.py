@@ -74,7 +74,7 @@ def search(settings: TuneSettings, watch: Callable[[str, int, float], None]) -> 
     _claim(out)
     first = resolve(settings.trial(out, {}))
     check_data(first, Dataset(first.data))
-    resources = {"CPU": settings.cpus_per_worker} | ({"GPU": 1.0} if settings.gpu else {})
+    resources = settings.worker_resources
     workers = settings.worker_range[0]
     check_placement(workers, resources)
     settings = settings.model_copy(update={"data": storage.absolute(settings.data), "out": out})

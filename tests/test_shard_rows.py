@@ -12,8 +12,8 @@ from cxr_ray.clinical import ClinicalLayout, encode, fit_statistics
 from cxr_ray.epoch_order import RowGroup
 from cxr_ray.errors import CxrRayError
 from cxr_ray.findings import FINDINGS
-from cxr_ray.records import clinical_inputs, from_fixed_lists, pixel_array, pixel_column, record_schema
-from cxr_ray.shard_rows import ShardReader, packed, unpacked
+from cxr_ray.records import clinical_inputs, from_fixed_lists, packed, pixel_array, pixel_column, record_schema, unpacked
+from cxr_ray.shard_rows import ShardReader
 
 SIZE = 8
 SHARDS = (23, 10, 7)
@@ -81,8 +81,10 @@ def test_rows_come_in_the_order_asked_for(shards, whole, rows):
     expected = whole.take(asked)
     assert read["row"].to_pylist() == rows
     np.testing.assert_array_equal(pixel_array(read["pixels"]), pixel_array(expected["pixels"]))
-    np.testing.assert_array_equal(unpacked(read["labels"]), from_fixed_lists(expected["labels"]))
-    np.testing.assert_array_equal(unpacked(read["clinical"]), encode(clinical_inputs(expected), made.statistics, made.layout))
+    np.testing.assert_array_equal(unpacked(read["labels"], np.float32), from_fixed_lists(expected["labels"]))
+    np.testing.assert_array_equal(
+        unpacked(read["clinical"], np.float32), encode(clinical_inputs(expected), made.statistics, made.layout)
+    )
     assert made.image_ids(asked) == expected["image_id"].to_pylist()
 
 
@@ -96,10 +98,13 @@ def test_what_the_network_does_not_read_is_not_read(shards, whole):
 def test_withheld_values_take_the_training_mean(shards, whole):
     rows = np.tile(np.arange(sum(SHARDS)), 500)
     made = reader(shards, whole)
-    full, hidden = unpacked(made.read(rows)["clinical"]), unpacked(made.read(rows, withhold=0.2, seed=(1, 2))["clinical"])
-    again = unpacked(made.read(rows, withhold=0.2, seed=(1, 2))["clinical"])
+    full, hidden = (
+        unpacked(made.read(rows)["clinical"], np.float32),
+        unpacked(made.read(rows, withhold=0.2, seed=(1, 2))["clinical"], np.float32),
+    )
+    again = unpacked(made.read(rows, withhold=0.2, seed=(1, 2))["clinical"], np.float32)
     np.testing.assert_array_equal(hidden, again)
-    assert not np.array_equal(hidden, unpacked(made.read(rows, withhold=0.2, seed=(1, 3))["clinical"]))
+    assert not np.array_equal(hidden, unpacked(made.read(rows, withhold=0.2, seed=(1, 3))["clinical"], np.float32))
     age_hidden = (hidden[:, 0] == 0) & (full[:, 0] != 0)
     # Hidden alone or together with the other three: 1 - 0.8 * 0.8.
     assert age_hidden.mean() == pytest.approx(0.36, abs=0.03)
@@ -113,8 +118,8 @@ def test_withheld_values_take_the_training_mean(shards, whole):
 def test_packing_keeps_every_bit():
     values = np.array([[0.1, np.nan, -np.inf], [1e-40, 3.0, -0.0]], dtype=np.float32)
     column = pa.chunked_array([packed(values), packed(values[:1])])
-    assert unpacked(column).tobytes() == np.concatenate([values, values[:1]]).tobytes()
-    assert unpacked(column.slice(1, 2)).tobytes() == np.concatenate([values[1:], values[:1]]).tobytes()
+    assert unpacked(column, np.float32).tobytes() == np.concatenate([values, values[:1]]).tobytes()
+    assert unpacked(column.slice(1, 2), np.float32).tobytes() == np.concatenate([values[1:], values[:1]]).tobytes()
 
 
 def test_a_shard_that_is_gone_or_another_is_told(shards, whole, tmp_path):

@@ -68,7 +68,7 @@ def options(
         raise UsageError(
             f"setting 'variant' is {variant!r}: preset {preset.name} has {', '.join(preset.variants)}; use one of them"
         )
-    if preset.published_size is None and layout.width == 0:
+    if not preset.reads_images and layout.width == 0:
         raise UsageError(f"preset {preset.name} reads no image: leave it meta or history")
     return NetworkOptions(layout, variant or preset.variants[0])
 

@@ -146,3 +146,8 @@ class Preset:
     published_size: int | None = 224
     smallest_size: int = 32
     variants: tuple[str, ...] = ("default",)
+
+    @property
+    def reads_images(self) -> bool:
+        """False for a network of the clinical numbers alone."""
+        return self.published_size is not None

@@ -132,7 +132,7 @@ def test_resuming_a_finished_run_trains_no_more(phantom_run: PhantomRun) -> None
         ({"resume": True, "out": "nowhere"}, r"--out .*nowhere: holds no run to resume; leave out --resume"),
         (
             {"out": "new", "workers": 40},
-            r"setting 'workers' is 40 with 0\.5 CPU each: .* 1 x 4 CPU, room for 8 workers; lower workers",
+            r"setting 'workers' is 40 with 0\.5 CPU each: .* 1 x 4 CPU, room for 7 beside the half CPU",
         ),
         ({"out": "new", "data": "nowhere"}, r"nowhere: holds no manifest\.json; make a dataset"),
     ],
