@@ -20,11 +20,18 @@ PHANTOM_EPOCHS = 4
 _SYSTEM_FOLDERS = "/usr/bin:/usr/sbin"
 
 
-_FIRST = ("test_cluster_training", "test_train_and_evaluate")
+_FIRST = (
+    "test_cluster_training",
+    "test_cluster_faults",
+    "test_train_and_evaluate",
+    "test_training_runs",
+    "test_ingest_s3",
+    "test_ingest_interrupted",
+)
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Training goes first: the service that later tests share would take CPU from it until the end of the session."""
+    """What trains goes first, on clusters of its own before all: what later tests share would take CPU from it."""
     ranks = {name: rank for rank, name in enumerate(_FIRST)}
     items.sort(key=lambda item: ranks.get(item.path.stem, len(ranks)))
 

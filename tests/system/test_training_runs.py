@@ -12,10 +12,13 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from cxr_ray.bundle import load_bundle
 from cxr_ray.dataset import Dataset
 from cxr_ray.distributed import BUNDLE, PICTURE, train
+from cxr_ray.engines import TorchEngine
 from cxr_ray.errors import CxrRayError
 from cxr_ray.evaluate_settings import EvaluateSettings
 from cxr_ray.evaluation import evaluate
+from cxr_ray.findings import FINDINGS
 from cxr_ray.presets import PRESETS
+from cxr_ray.records import clinical_columns, clinical_inputs, pixel_array
 from cxr_ray.settings import load_settings
 from cxr_ray.train_events import EpochResult, TrainEvent
 from cxr_ray.train_settings import TrainSettings
@@ -49,12 +52,13 @@ def start(events: list[TrainEvent]) -> TrainEvent:
 
 
 def results(events: list[TrainEvent]) -> list[EpochResult]:
-    return [event.result for event in events if event.result is not None]
+    return [event.result for event in events if event.kind == "epoch"]
 
 
-@pytest.mark.parametrize("preset", PRESETS)
-def test_every_preset_is_trained_by_two_workers_and_scored(few: Path, tmp_path: Path, preset: str) -> None:
-    events = trained(few, tmp_path / "run", preset=preset, epochs=1, batch_size=16)
+# The others are trained by two workers as well: multi-input by the session's phantom run, clinical below.
+@pytest.mark.parametrize("preset", sorted(set(PRESETS) - {"multi-input", "clinical"}))
+def test_every_preset_is_trained_by_two_workers_and_scores(few: Path, tmp_path: Path, preset: str) -> None:
+    events = trained(few, tmp_path / "run", preset=preset, epochs=1, batch_size=32, accumulate=1)
     assert len(set(start(events).pids)) == 2
     (result,) = results(events)
     assert math.isfinite(result.loss)
@@ -62,8 +66,10 @@ def test_every_preset_is_trained_by_two_workers_and_scored(few: Path, tmp_path: 
     bundle = load_bundle(str(tmp_path / "run" / BUNDLE))
     assert (bundle.description.preset, bundle.description.variant) == (preset, PRESETS[preset].variants[0])
     assert bundle.layout == PRESETS[preset].layout
-    scored = evaluate(EvaluateSettings(bundle=str(tmp_path / "run" / BUNDLE), data=str(few), resamples=100))
-    assert scored.scores.images == Dataset(str(few)).split("test").images
+    films = Dataset(str(few)).read("test", ["pixels", *clinical_columns(bundle.layout.encoding)])
+    scores = TorchEngine(bundle).predict(pixel_array(films["pixels"]), clinical_inputs(films, bundle.layout.encoding))
+    assert scores.shape == (films.num_rows, len(FINDINGS))
+    assert ((scores > 0) & (scores < 1)).all()
 
 
 @pytest.fixture(scope="module")
@@ -124,11 +130,13 @@ def test_the_bundle_holds_the_averaged_weights_that_were_validated(
     assert scored.scores.mean.value == pytest.approx(best.val_auc, abs=2e-3)
 
 
-def test_patience_ends_a_run_early(few: Path, tmp_path: Path) -> None:
+def test_patience_ends_a_run_early_with_a_bundle(few: Path, tmp_path: Path) -> None:
     events = trained(few, tmp_path / "run", preset="clinical", epochs=30, batch_size=16, learning_rate=1e-14, patience=2)
     assert events[-1].kind == "stopped"
     assert "has not improved for 2 epochs" in events[-1].text
     assert len(results(events)) < 30
+    scored = evaluate(EvaluateSettings(bundle=str(tmp_path / "run" / BUNDLE), data=str(few), resamples=100))
+    assert scored.scores.images == Dataset(str(few)).split("test").images
 
 
 def test_a_loss_that_is_no_number_ends_the_run_and_names_the_images(few: Path, tmp_path: Path) -> None:
@@ -156,18 +164,19 @@ def test_a_loss_that_is_no_number_ends_the_run_and_names_the_images(few: Path, t
 def test_a_search_stops_poor_trials_and_keeps_the_best_settings(few: Path, tmp_path: Path) -> None:
     settings = TuneSettings(
         **{"data": str(few), "out": str(tmp_path / "search"), "preset": "clinical", "batch_size": 4, "epochs": 2},
-        **{"search": "learning_rate=1e-14|1e-2,weight_decay=1e-4..1e-1", "trials": 3, "at_once": 1, "grace": 1, "reduction": 2},
+        **{"search": "learning_rate=1e-14|1e-2,weight_decay=1e-4..1e-1", "trials": 2, "at_once": 1, "grace": 1, "reduction": 2},
+        # Draws the good rate first: the other one has something to be poorer than.
+        seed=2,
     )
     told: list[tuple[str, int]] = []
     trials = search(settings, lambda name, epoch, auc: told.append((name, epoch)))
-    assert len(trials) == 3
-    assert [trial.error for trial in trials] == [None] * 3
+    assert len(trials) == 2
+    assert [trial.error for trial in trials] == [None] * 2
     aucs = [trial.val_auc for trial in trials]
     assert aucs == sorted(aucs, reverse=True)
     assert sorted(told) == sorted((trial.name, epoch) for trial in trials for epoch in range(1, trial.epochs + 1))
-    assert {trial.drawn["learning_rate"] for trial in trials} == {"1e-14", "1e-2"}
-    assert trials[0].finished
-    assert any(not trial.finished for trial in trials), "no trial was stopped early"
+    assert [trial.drawn["learning_rate"] for trial in trials] == ["1e-2", "1e-14"]
+    assert [trial.finished for trial in trials] == [True, False]
     assert (tmp_path / "search" / "trials" / trials[0].name / BUNDLE / "bundle.json").exists()
     best = load_settings(TrainSettings, tmp_path / "search" / "best.yaml", {})
     assert best.weight_decay == pytest.approx(trials[0].drawn["weight_decay"])
