@@ -85,7 +85,7 @@ def main() -> None:
     given = parser.parse_args()
     settings = TrainSettings.model_validate_json(given.settings)
     rank, workers = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
-    torch.set_num_threads(max(1, available_cpus() // workers))
+    torch.set_num_threads(settings.threads or max(1, available_cpus() // workers))
     if workers > 1:
         torch.distributed.init_process_group("gloo")
     splits = torch.load(given.tensors, weights_only=True)

@@ -41,17 +41,20 @@ class Comparison:
     batch: int
     workers: int
     patients: int
+    threads: int = 0
 
     @property
     def title(self) -> str:
         """As the first column of the table has it."""
         workers = f"{self.workers} workers, " if self.workers > 1 else ""
-        return f"{workers}{self.size} px, batch {self.batch}"
+        threads = f", {self.threads} thread" if self.threads else ", a thread a core"
+        return f"{workers}{self.size} px, batch {self.batch}{threads}"
 
 
-# About 2.7 training images a patient: epochs of some tens of steps.
-_LOOP = (Comparison(64, 32, 1, 360), Comparison(224, 16, 1, 100))
-_DDP = (Comparison(64, 32, 2, 360), Comparison(224, 16, 2, 100))
+# About 2.7 training images a patient: epochs of some tens of steps. With a thread a core nothing is left to Ray's own
+# processes, with a thread less one core is, as on a node whose GPU computes.
+_LOOP = (Comparison(64, 32, 1, 360), Comparison(64, 32, 1, 360, threads=1), Comparison(224, 16, 1, 100, threads=1))
+_DDP = (Comparison(64, 32, 2, 360),)
 _SMOKE_LOOP = (Comparison(64, 8, 1, 24),)
 _SMOKE_DDP = (Comparison(64, 8, 2, 24),)
 
@@ -89,6 +92,7 @@ def _row(comparison: Comparison, work: Path, rounds: int) -> str:
         "workers": comparison.workers,
         "epochs": _EPOCHS,
         "batch_size": comparison.batch,
+        "threads": comparison.threads,
     }
     bare, product = [_bare(settings, data, comparison.workers)], []
     for _ in range(rounds):

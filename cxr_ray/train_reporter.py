@@ -119,5 +119,10 @@ class Reporter:
         self._send(TrainEvent("failed", epoch + 1, self._images, self._images_total, text=text))
 
     def _send(self, event: TrainEvent) -> None:
-        if self._rank == 0:
+        if self._rank != 0:
+            return
+        if event.kind == "step":
+            # Nobody waits for it: the next one says the same again, and what is put later arrives later.
+            self._events.actor.put.remote(event)
+        else:
             self._events.put(event)

@@ -42,6 +42,9 @@ class TrainSettings(Settings):
     cpus_per_worker: float = Field(
         0.5, gt=0, description="Logical CPUs reserved for a worker; leave some of the cluster's to the data readers."
     )
+    threads: int = Field(
+        0, ge=0, description="CPU threads that a worker computes with; 0 shares its node's cores equally. Not with gpu."
+    )
 
     epochs: int = Field(10, ge=1, description="Passes over the training split.")
     batch_size: int = Field(32, ge=1, description="Images an optimiser step, over all workers.")

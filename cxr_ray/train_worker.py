@@ -88,7 +88,7 @@ class _Worker:
         self._task, self._settings = task, task.settings
         self._rank, self._workers = context.get_world_rank(), context.get_world_size()
         if not self._settings.gpu:
-            torch.set_num_threads(max(1, available_cpus() // context.get_local_world_size()))
+            torch.set_num_threads(self._settings.threads or max(1, available_cpus() // context.get_local_world_size()))
         self._device = ray.train.torch.get_device()
         checkpoint = ray.train.get_checkpoint()
         self._model = self._build(resumed=checkpoint is not None)
