@@ -75,7 +75,8 @@ def compare_ddp(work: Path, rounds: int, *, smoke: bool) -> None:
 def _compare(comparisons: tuple[Comparison, ...], other: str, work: Path, rounds: int) -> None:
     say(
         f"| | {other} images/s | Ray Train images/s | ratio (range) | waiting for data "
-        f"| train and validate: {other} | Ray Train | ratio (range) | s of validation: {other}, Ray Train | s until a checkpoint is safe |"
+        f"| train and validate: {other} | Ray Train | ratio (range) | s of validation: {other}, Ray Train "
+        "| s until a checkpoint is safe |"
     )
     say("|---|---|---|---|---|---|---|---|---|---|")
     for comparison in comparisons:
