@@ -7,7 +7,7 @@ PEERS := dcmtk orthanc
 STAMP := $(VENV)/.installed
 export RAY_USAGE_STATS_ENABLED := 0
 
-.PHONY: help install peers demo test lint clean bench-ingest bench-train
+.PHONY: help install peers demo test lint clean bench-ingest bench-train bench-scores
 
 help:
 	@echo "make install   create $(VENV) and install cxr-ray into it"
@@ -16,6 +16,7 @@ help:
 	@echo "make lint      ruff and mypy only"
 	@echo "make bench-ingest   speed and memory of ingest beside a pool of processes; about 40 minutes on 2 cores"
 	@echo "make bench-train    speed of training beside a bare PyTorch loop, torchrun and a DataLoader; about 30 minutes on 2 quiet cores"
+	@echo "make bench-scores   time of the scores of a whole official test split; about 2 minutes"
 
 install: $(STAMP)
 
@@ -47,6 +48,9 @@ bench-ingest: install
 # Ray's workers run at nice 15: on a machine that does anything else, only they wait.
 bench-train: install
 	$(BIN)/python bench/bench_train.py all
+
+bench-scores: install
+	$(BIN)/python bench/bench_scores.py
 
 clean:
 	rm -rf $(VENV) demo

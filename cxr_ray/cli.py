@@ -48,7 +48,7 @@ def _evaluate(settings: EvaluateSettings, json: bool) -> None:
     from cxr_ray.bundle import read_description  # noqa: PLC0415
     from cxr_ray.evaluation import evaluate as evaluate_bundle  # noqa: PLC0415
     from cxr_ray.presets import find  # noqa: PLC0415
-    from cxr_ray.report import auroc_table  # noqa: PLC0415
+    from cxr_ray.report import ablations_table, scores_table, subgroups_table  # noqa: PLC0415
 
     print_settings("evaluate", settings)
     # Before Ray is started, as above.
@@ -63,9 +63,16 @@ def _evaluate(settings: EvaluateSettings, json: bool) -> None:
     scores = evaluation.scores
     title = f"{evaluation.bundle.name} on {settings.split}: {scores.images:,} images of {scores.patients:,} patients{without}"
     published = find(evaluation.bundle.preset).published[:1] if _is_official_test(settings.split, scores.images) else ()
-    console.print(auroc_table(title, scores, published[0].auc if published else None))
+    console.print(scores_table(title, scores, published[0].auc if published else None))
+    if evaluation.subgroups:
+        console.print(subgroups_table(f"Subgroups of {settings.split}", evaluation.subgroups))
+    if evaluation.ablations:
+        console.print(ablations_table(f"Ablations on {settings.split}", scores.auroc, evaluation.ablations))
     if settings.out is not None:
-        console.print(f"written to {storage.shown(settings.out)}: evaluation.json, roc.png")
+        tables = ["findings.csv"] + ["subgroups.csv"] * settings.subgroups + ["ablations.csv"] * settings.ablate
+        console.print(f"written to {storage.shown(settings.out)}: evaluation.json, {', '.join(tables)}, roc.png")
+    if settings.scores is not None:
+        console.print(f"written: {storage.shown(settings.scores)}")
 
 
 def _tune(settings: TuneSettings, json: bool) -> None:

@@ -7,7 +7,7 @@ training split.
 """
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from typing import Any, Literal
 
 import numpy as np
@@ -134,6 +134,10 @@ class PastVisits:
         """Each radiograph `n` times."""
         return PastVisits(*(np.repeat(getattr(self, field.name), n, axis=0) for field in fields(self)))
 
+    def taken(self, rows: np.ndarray) -> "PastVisits":
+        """The radiographs at these positions."""
+        return PastVisits(*(getattr(self, field.name)[rows] for field in fields(self)))
+
     @classmethod
     def concatenate(cls, parts: Sequence["PastVisits"]) -> "PastVisits":
         """The radiographs of all parts, at least one, in their order."""
@@ -171,6 +175,14 @@ class ClinicalInputs:
         """Each radiograph `n` times."""
         past = None if self.past is None else self.past.repeated(n)
         return self._changed(lambda values: np.repeat(values, n, axis=0), past)
+
+    def taken(self, rows: np.ndarray) -> "ClinicalInputs":
+        """The radiographs at these positions."""
+        return self._changed(lambda values: values[rows], None if self.past is None else self.past.taken(rows))
+
+    def without_history(self) -> "ClinicalInputs":
+        """The same radiographs with an unknown history."""
+        return replace(self, ever=np.full_like(self.ever, np.nan), past=None)
 
     @classmethod
     def concatenate(cls, parts: Sequence["ClinicalInputs"]) -> "ClinicalInputs":

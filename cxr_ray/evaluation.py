@@ -1,138 +1,115 @@
-"""Evaluation: a bundle's probabilities for a whole split, and the scores from them.
+"""Evaluation: a bundle judged on a split of a dataset, as figures and as files."""
 
-The split has to be complete: every row that the manifest counts is scored exactly once, or there is no score at all.
-"""
-
+import io
 import json
-from dataclasses import asdict, dataclass
-from functools import lru_cache
+from dataclasses import asdict, dataclass, replace
 
 import numpy as np
-import pyarrow as pa
-import ray.data
+import pyarrow.parquet as pq
 
-from cxr_ray import presets, storage
-from cxr_ray.bundle import BundleDescription, load_bundle, read_description
-from cxr_ray.clinical import Encoding, withheld
-from cxr_ray.cpus import available_cpus
+from cxr_ray import calibration, presets, storage
+from cxr_ray.ablations import Ablation, AblationScore, ablations, films_of
+from cxr_ray.bundle import BundleDescription, read_description
+from cxr_ray.calibration import Calibrator
 from cxr_ray.dataset import Dataset
-from cxr_ray.engines import TorchEngine
 from cxr_ray.errors import CxrRayError, UsageError
 from cxr_ray.evaluate_settings import EvaluateSettings
 from cxr_ray.findings import FINDINGS
-from cxr_ray.progress import ProgressReport
-from cxr_ray.records import clinical_columns, clinical_inputs, fixed_lists, from_fixed_lists, pixel_array
+from cxr_ray.operating import OperatingPoint, judge
+from cxr_ray.predictions import OtherInputs, Predictions, predict_split
 from cxr_ray.report import roc_picture
-from cxr_ray.scoring import AurocScores, score_auroc
-from cxr_ray.train_settings import Views
+from cxr_ray.score_tables import ablations_csv, findings_csv, plain, subgroups_csv
+from cxr_ray.split_scores import SplitScores, difference, mean_auroc, score
+from cxr_ray.subgroups import COLUMNS, SubgroupScore, score_subgroup, subgroups
 
 
 @dataclass(frozen=True)
-class Predictions:
-    """Scores of a split: probabilities float32 (N, 14), labels float32 (N, 14) with NaN for unknown, ids and patients (N,)."""
+class Recalibration:
+    """How the probabilities of a finding were changed.
 
-    image_ids: np.ndarray
-    patient_keys: np.ndarray
-    probabilities: np.ndarray
-    labels: np.ndarray
+    Attributes
+    ----------
+    calibrator
+        Fitted on the validation split.
+    trained_prevalence, prevalence
+        In the validation split, and as estimated for the split that is scored, from probabilities alone; None without the
+        correction for it.
+    """
+
+    calibrator: Calibrator
+    trained_prevalence: float
+    prevalence: float | None
+
+    def __call__(self, probabilities: np.ndarray) -> np.ndarray:
+        """Changed probabilities, float64."""
+        changed = self.calibrator(probabilities)
+        if self.prevalence is None:
+            return changed
+        return calibration.shifted(changed, self.trained_prevalence, self.prevalence)
 
 
 @dataclass(frozen=True)
 class Evaluation:
-    """What `evaluate` found and on what."""
+    """What `evaluate` found and on what.
+
+    Attributes
+    ----------
+    operating
+        The bundle's thresholds, which were chosen on validation, judged on this split.
+    subgroups, ablations
+        Empty unless they were asked for.
+    recalibrated
+        One a finding; empty where the probabilities are the bundle's own.
+    """
 
     settings: EvaluateSettings
     bundle: BundleDescription
     dataset_digest: str
-    scores: AurocScores
+    scores: SplitScores
+    operating: tuple[OperatingPoint, ...]
+    subgroups: tuple[SubgroupScore, ...]
+    ablations: tuple[AblationScore, ...]
+    recalibrated: tuple[Recalibration, ...]
     predictions: Predictions
 
     def to_json(self) -> dict[str, object]:
-        """The scores for machines; a finding that cannot be scored is null."""
-        by_finding = {
-            name: {
-                "auc": _finite(interval.value),
-                "low": _finite(interval.low),
-                "high": _finite(interval.high),
-                "positives": count,
-            }
-            for name, interval, count in zip(FINDINGS, self.scores.findings, self.scores.positives, strict=True)
-        }
+        """The scores for machines; what cannot be scored is null."""
+        settings = self.settings
         return {
             "bundle": {"name": self.bundle.name, "version": self.bundle.version, "digest": self.bundle.digest},
             "dataset_digest": self.dataset_digest,
             "trained_on_this_dataset": self.bundle.dataset_digest == self.dataset_digest,
-            "split": self.settings.split,
-            "withheld": self.settings.withhold,
-            "test_time_augmentation": self.settings.tta,
+            "split": settings.split,
+            "withheld": settings.withhold,
+            "test_time_augmentation": settings.tta,
+            "calibration": settings.calibrate,
             "images": self.scores.images,
             "patients": self.scores.patients,
             "interval": f"95 % percentile bootstrap, {self.scores.resamples} resamples of patients",
-            "mean": {key: _finite(value) for key, value in asdict(self.scores.mean).items()},
-            "findings": by_finding,
+            "mean": plain({"auc": asdict(self.scores.auroc), "average_precision": asdict(self.scores.average_precision)}),
+            "findings": {name: self._finding(k) for k, name in enumerate(FINDINGS)},
+            "subgroups": plain([asdict(group) for group in self.subgroups]),
+            "ablations": plain([asdict(ablation) for ablation in self.ablations]),
         }
 
-
-def _finite(value: float) -> float | None:
-    return round(value, 6) if np.isfinite(value) else None
-
-
-@lru_cache(maxsize=1)
-def _engine(uri: str, threads: int | None, tta: Views) -> TorchEngine:
-    """The network, loaded once in each process of the pool."""
-    return TorchEngine(load_bundle(uri), threads=threads, tta=tta)
-
-
-def _predict(batch: pa.Table, settings: EvaluateSettings, encoding: Encoding) -> pa.Table:
-    inputs = clinical_inputs(batch, encoding)
-    if settings.withhold == "clinical":
-        inputs = withheld(inputs)
-    threads = None if settings.gpu else max(1, available_cpus() // settings.workers)
-    pixels = pixel_array(batch["pixels"]) if "pixels" in batch.column_names else np.empty((len(inputs), 0, 0), dtype=np.uint8)
-    predicted = _engine(settings.bundle, threads, settings.tta).predict(pixels, inputs)
-    return batch.select(["image_id", "patient_key", "labels"]).append_column("probabilities", fixed_lists(predicted))
-
-
-def predict_split(settings: EvaluateSettings, bundle: BundleDescription, dataset: Dataset) -> Predictions:
-    """Score every image of a split on Ray Data.
-
-    Raises
-    ------
-    CxrRayError
-        If what was scored is not exactly what the manifest counts.
-    """
-    encoding = bundle.layout.encoding
-    pixels = [] if bundle.size is None else ["pixels"]
-    columns = ["image_id", "patient_key", "labels", *pixels, *clinical_columns(encoding)]
-    rows = ray.data.read_parquet(dataset.paths(settings.split), filesystem=dataset.filesystem).select_columns(columns)
-    predicted = rows.map_batches(
-        _predict,
-        fn_kwargs={"settings": settings, "encoding": encoding},
-        batch_size=settings.batch_size,
-        batch_format="pyarrow",
-        compute=ray.data.TaskPoolStrategy(size=settings.workers),
-        num_cpus=settings.cpus_per_worker,
-        num_gpus=1 if settings.gpu else 0,
-    )
-    expected = dataset.split(settings.split).images
-    tables = []
-    with ProgressReport("evaluate", expected, "images") as progress:
-        for batch in predicted.iter_batches(batch_size=None, batch_format="pyarrow"):
-            tables.append(batch)
-            progress.advance(batch.num_rows)
-    table = pa.concat_tables(tables)
-    image_ids = table["image_id"].to_numpy()
-    if len(image_ids) != expected or len(set(image_ids)) != expected:
-        raise CxrRayError(
-            f"{dataset.uri}: {len(set(image_ids))} of the {expected} images of split {settings.split} were scored; ingest again"
+    def _finding(self, k: int) -> object:
+        scores = self.scores.findings[k]
+        changed = {"recalibrated": asdict(self.recalibrated[k])} if self.recalibrated else {}
+        return plain(
+            {
+                "images": scores.images,
+                "positives": scores.positives,
+                "prevalence": scores.prevalence,
+                "auc": asdict(scores.auroc),
+                "average_precision": asdict(scores.average_precision),
+                "sensitivity_at_specificity_90": asdict(scores.sensitivity[0]),
+                "sensitivity_at_specificity_95": asdict(scores.sensitivity[1]),
+                "brier": scores.brier,
+                "calibration_error": scores.calibration_error,
+                "at_threshold": asdict(self.operating[k]),
+                **changed,
+            }
         )
-    order = np.argsort(image_ids)
-    return Predictions(
-        image_ids=image_ids[order],
-        patient_keys=table["patient_key"].to_numpy()[order],
-        probabilities=from_fixed_lists(table["probabilities"])[order],
-        labels=from_fixed_lists(table["labels"])[order],
-    )
 
 
 def evaluate(settings: EvaluateSettings) -> Evaluation:
@@ -149,17 +126,33 @@ def evaluate(settings: EvaluateSettings) -> Evaluation:
     _check_fit(settings, bundle, dataset)
     if dataset.split(settings.split).labelled == 0:
         raise CxrRayError(f"--data {dataset.uri}: split {settings.split} has no labelled image; ingest with labels")
-    predictions = predict_split(settings, bundle, dataset)
-    scores = score_auroc(
-        predictions.probabilities,
-        predictions.labels,
-        predictions.patient_keys,
-        resamples=settings.resamples,
-        seed=settings.seed,
+    changes = _recalibrations(settings, bundle, dataset)
+    removed = ablations(bundle.layout, reads_images=bundle.size is not None) if settings.ablate else []
+    others = _other_inputs(settings, bundle, dataset, removed)
+    predictions, *ablated = predict_split(settings, bundle, dataset, settings.split, others)
+    if changes:
+        changes = _for_this_split(changes, predictions) if settings.prior_shift else changes
+        changed = [change(predictions.probabilities[:, k]) for k, change in enumerate(changes)]
+        predictions = replace(predictions, probabilities=np.stack(changed, axis=1).astype(np.float32))
+    data = (predictions.probabilities, predictions.labels, predictions.patient_keys)
+    evaluation = Evaluation(
+        settings=settings,
+        bundle=bundle,
+        dataset_digest=dataset.digest,
+        scores=score(*data, resamples=settings.resamples, seed=settings.seed),
+        operating=_operating(bundle, changes, predictions),
+        subgroups=_subgroups(settings, dataset, predictions) if settings.subgroups else (),
+        ablations=tuple(
+            _ablation_score(settings, ablation.name, predictions, changed)
+            for ablation, changed in zip(removed, ablated, strict=True)
+        ),
+        recalibrated=changes,
+        predictions=predictions,
     )
-    evaluation = Evaluation(settings, bundle, dataset.digest, scores, predictions)
     if settings.out is not None:
         _write(evaluation, settings.out)
+    if settings.scores is not None:
+        _write_scores(predictions, settings.scores)
     return evaluation
 
 
@@ -178,14 +171,115 @@ def _check_fit(settings: EvaluateSettings, bundle: BundleDescription, dataset: D
             f"setting 'tta' is 'ten-crop': a crop of 7/8 of {bundle.input_size} pixels is below the {smallest} that "
             f"{bundle.preset} needs; use flip or none"
         )
+    if settings.ablate and (settings.withhold != "nothing" or settings.calibrate != "none"):
+        raise UsageError(
+            "setting 'ablate' is True beside withhold or calibrate: ablations are of the bundle as it is; leave them out"
+        )
+    if settings.ablate and bundle.layout.width == 0:
+        raise UsageError(f"setting 'ablate' is True: bundle {bundle.name} reads nothing but the image; leave it out")
+    if settings.calibrate == "none" and settings.prior_shift:
+        raise UsageError("setting 'prior_shift' is True without calibrate: it needs probabilities; add --calibrate platt")
+    if settings.calibrate != "none" and settings.split == "val":
+        raise UsageError(
+            f"setting 'calibrate' is {settings.calibrate!r}: it is fitted on split val, which says nothing of itself; "
+            "score another split"
+        )
+
+
+def _recalibrations(settings: EvaluateSettings, bundle: BundleDescription, dataset: Dataset) -> tuple[Recalibration, ...]:
+    if settings.calibrate == "none":
+        return ()
+    (held,) = predict_split(settings, bundle, dataset, "val")
+    changes = []
+    for k in range(len(FINDINGS)):
+        known = held.labels[np.isfinite(held.labels[:, k]), k]
+        calibrator = calibration.fit(held.probabilities[:, k], held.labels[:, k], settings.calibrate)
+        changes.append(Recalibration(calibrator, float(known.mean()) if known.size else float("nan"), None))
+    return tuple(changes)
+
+
+def _for_this_split(changes: tuple[Recalibration, ...], predictions: Predictions) -> tuple[Recalibration, ...]:
+    """The same, corrected for how common each finding seems to be in this split; labels are not looked at."""
+    return tuple(
+        replace(change, prevalence=calibration.estimated_prevalence(change(values), change.trained_prevalence))
+        # Without a case in the validation split there is nothing to compare with.
+        if 0 < change.trained_prevalence < 1
+        else change
+        for change, values in zip(changes, predictions.probabilities.T, strict=True)
+    )
+
+
+def _operating(
+    bundle: BundleDescription, changes: tuple[Recalibration, ...], predictions: Predictions
+) -> tuple[OperatingPoint, ...]:
+    points = []
+    for k, name in enumerate(FINDINGS):
+        threshold = bundle.thresholds[name]
+        # In the same arithmetic as the probabilities, so that what lay on it still does.
+        moved = float(changes[k](np.array([threshold])).astype(np.float32)[0]) if changes else threshold
+        points.append(judge(predictions.probabilities[:, k], predictions.labels[:, k], moved))
+    return tuple(points)
+
+
+def _subgroups(settings: EvaluateSettings, dataset: Dataset, predictions: Predictions) -> tuple[SubgroupScore, ...]:
+    table = dataset.read(settings.split, list(COLUMNS))
+    table = table.take(np.argsort(table["image_id"].to_numpy()))
+    return tuple(
+        score_subgroup(
+            group,
+            predictions.probabilities,
+            predictions.labels,
+            predictions.patient_keys,
+            resamples=settings.resamples,
+            seed=settings.seed,
+        )
+        for group in subgroups(table)
+    )
+
+
+def _other_inputs(
+    settings: EvaluateSettings, bundle: BundleDescription, dataset: Dataset, removed: list[Ablation]
+) -> list[OtherInputs]:
+    if not removed:
+        return []
+    films = films_of(dataset, settings.split, bundle.layout)
+    return [
+        OtherInputs(
+            films.image_ids,
+            films.inputs if ablation.change is None else ablation.change(films, np.random.default_rng(settings.seed)),
+            ablation.blank,
+        )
+        for ablation in removed
+    ]
+
+
+def _ablation_score(settings: EvaluateSettings, name: str, honest: Predictions, changed: Predictions) -> AblationScore:
+    one, other, labels, patients = changed.probabilities, honest.probabilities, honest.labels, honest.patient_keys
+    _, mean = difference(one, other, labels, patients, resamples=settings.resamples, seed=settings.seed)
+    return AblationScore(name, mean_auroc(one, labels, patients, resamples=settings.resamples, seed=settings.seed), mean)
 
 
 def _write(evaluation: Evaluation, out: str) -> None:
     filesystem, root = storage.resolve(out)
     filesystem.create_dir(root, recursive=True)
-    content = json.dumps(evaluation.to_json(), indent=2, allow_nan=False).encode()
     predictions = evaluation.predictions
     title = f"{evaluation.bundle.name}, {evaluation.settings.split} split, {evaluation.scores.images:,} images"
-    picture = roc_picture(predictions.probabilities, predictions.labels, evaluation.scores, title)
-    storage.write_atomically(filesystem, f"{root}/evaluation.json", content)
-    storage.write_atomically(filesystem, f"{root}/roc.png", picture)
+    files = {
+        "evaluation.json": json.dumps(evaluation.to_json(), indent=2, allow_nan=False).encode(),
+        "findings.csv": findings_csv(evaluation.scores, evaluation.operating).encode(),
+        "roc.png": roc_picture(predictions.probabilities, predictions.labels, evaluation.scores, title),
+    }
+    if evaluation.subgroups:
+        files["subgroups.csv"] = subgroups_csv(evaluation.subgroups).encode()
+    if evaluation.ablations:
+        files["ablations.csv"] = ablations_csv(evaluation.ablations).encode()
+    for name, content in files.items():
+        storage.write_atomically(filesystem, f"{root}/{name}", content)
+
+
+def _write_scores(predictions: Predictions, uri: str) -> None:
+    filesystem, path = storage.resolve(uri)
+    content = io.BytesIO()
+    pq.write_table(predictions.as_table(), content)
+    filesystem.create_dir(path.rpartition("/")[0], recursive=True)
+    storage.write_atomically(filesystem, path, content.getvalue())

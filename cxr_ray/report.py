@@ -1,15 +1,19 @@
 """What a reader sees of scores and predictions: the table of AUCs, the ROC picture, the picture of a study."""
 
 import io
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import matplotlib as mpl
 import numpy as np
 from matplotlib.figure import Figure
 from rich.table import Table
 
+from cxr_ray.ablations import AblationScore
 from cxr_ray.findings import FINDINGS
-from cxr_ray.scoring import AurocScores, Interval, roc_curve
+from cxr_ray.resampling import Interval
+from cxr_ray.scoring import roc_curve
+from cxr_ray.split_scores import SplitScores
+from cxr_ray.subgroups import SubgroupScore
 from cxr_ray.terminal import table
 
 # Okabe & Ito's colours, distinguishable with every kind of colour vision.
@@ -18,25 +22,55 @@ mpl.rcParams.update({"font.family": "DejaVu Sans", "font.size": 9, "axes.spines.
 
 
 def interval_text(interval: Interval) -> str:
-    """An AUC with its interval, such as ``0.812 (0.790-0.833)``; a dash where it cannot be scored."""
+    """A figure with its interval, such as ``0.812 (0.790-0.833)``; a dash where it cannot be scored."""
     if not np.isfinite(interval.value):
         return "-"
     return f"{interval.value:.3f} ({interval.low:.3f}-{interval.high:.3f})"
 
 
-def auroc_table(title: str, scores: AurocScores, published: Mapping[str, float] | None = None) -> Table:
-    """Finding, positives, AUC with interval, and what the source of the preset printed, if given."""
-    columns = [("finding", False), ("positives", True), ("AUC (95 % interval)", True)]
+def scores_table(title: str, scores: SplitScores, published: Mapping[str, float] | None = None) -> Table:
+    """Finding, positives with their share, AUC with interval, average precision, and the AUC that the source printed."""
+    columns = [("finding", False), ("positives", True), ("AUC (95 % interval)", True), ("AP", True)]
     if published:
-        columns.append(("published", True))
+        columns.append(("published AUC", True))
     shown = table(title, columns)
-    for name, interval, positives in zip(FINDINGS, scores.findings, scores.positives, strict=True):
-        row = [name.replace("_", " "), f"{positives:,}", interval_text(interval)]
-        shown.add_row(*row, *([f"{published[name]:.3f}"] if published else []))
+    for name, finding in zip(FINDINGS, scores.findings, strict=True):
+        share = f" ({finding.prevalence:.1%})" if finding.positives else ""
+        row = [name.replace("_", " "), f"{finding.positives:,}{share}", interval_text(finding.auroc)]
+        shown.add_row(*row, _figure(finding.average_precision.value), *([f"{published[name]:.3f}"] if published else []))
     shown.add_section()
     mean_published = [f"{np.mean(list(published.values())):.3f}"] if published else []
-    shown.add_row("mean", "", interval_text(scores.mean), *mean_published, style="bold")
+    means = (interval_text(scores.auroc), _figure(scores.average_precision.value))
+    shown.add_row("mean", "", *means, *mean_published, style="bold")
     return shown
+
+
+def subgroups_table(title: str, groups: Sequence[SubgroupScore]) -> Table:
+    """Subgroup, images, patients, how many findings could be scored, and their mean AUC with interval."""
+    columns = [("by", False), ("subgroup", False), ("images", True), ("patients", True), ("findings", True)]
+    shown = table(title, [*columns, ("mean AUC (95 % interval)", True)])
+    previous = ""
+    for group in groups:
+        if previous and group.by != previous:
+            shown.add_section()
+        counts = (f"{group.images:,}", f"{group.patients:,}", str(group.findings))
+        shown.add_row("" if group.by == previous else group.by, group.name, *counts, interval_text(group.auroc))
+        previous = group.by
+    return shown
+
+
+def ablations_table(title: str, honest: Interval, scores: Sequence[AblationScore]) -> Table:
+    """Mean AUC as it is and under each ablation, and the difference, paired over patients."""
+    shown = table(title, [("inputs", False), ("mean AUC (95 % interval)", True), ("difference", True)])
+    shown.add_row("as they are", interval_text(honest), "", style="bold")
+    for each in scores:
+        change = each.difference
+        shown.add_row(each.name, interval_text(each.auroc), f"{change.value:+.3f} ({change.low:+.3f} to {change.high:+.3f})")
+    return shown
+
+
+def _figure(value: float) -> str:
+    return f"{value:.3f}" if np.isfinite(value) else "-"
 
 
 def _png(figure: Figure) -> bytes:
@@ -45,7 +79,7 @@ def _png(figure: Figure) -> bytes:
     return content.getvalue()
 
 
-def roc_picture(probabilities: np.ndarray, labels: np.ndarray, scores: AurocScores, title: str) -> bytes:
+def roc_picture(probabilities: np.ndarray, labels: np.ndarray, scores: SplitScores, title: str) -> bytes:
     """ROC curves of the fourteen findings as small multiples, PNG.
 
     Parameters
@@ -54,7 +88,7 @@ def roc_picture(probabilities: np.ndarray, labels: np.ndarray, scores: AurocScor
         float, shape (N, 14); labels NaN where unknown.
     """
     figure = Figure(figsize=(10, 7.6), layout="constrained")
-    figure.suptitle(f"{title}\nmean AUC {interval_text(scores.mean)}", fontsize=11)
+    figure.suptitle(f"{title}\nmean AUC {interval_text(scores.auroc)}", fontsize=11)
     axes = figure.subplots(3, 5, sharex=True, sharey=True)
     for panel, k in zip(axes.flat, range(len(FINDINGS)), strict=False):
         known = np.isfinite(labels[:, k])
@@ -64,8 +98,9 @@ def roc_picture(probabilities: np.ndarray, labels: np.ndarray, scores: AurocScor
         if 0 < truth.sum() < truth.size:
             false, true, _ = roc_curve(probabilities[known, k], truth)
             panel.plot(false, true, color=BLUE, linewidth=1.4)
-        text = f"AUC {scores.findings[k].value:.3f}" if np.isfinite(scores.findings[k].value) else "one class only"
-        panel.text(0.97, 0.05, f"{text}\n{scores.positives[k]:,} positive", ha="right", fontsize=8)
+        finding = scores.findings[k]
+        text = f"AUC {finding.auroc.value:.3f}" if np.isfinite(finding.auroc.value) else "one class only"
+        panel.text(0.97, 0.05, f"{text}\n{finding.positives:,} positive", ha="right", fontsize=8)
         panel.set(xlim=(0, 1), ylim=(0, 1.01), aspect="equal", xticks=[0, 0.5, 1], yticks=[0, 0.5, 1])
     axes.flat[-1].axis("off")
     figure.supxlabel("1 - specificity", fontsize=10)

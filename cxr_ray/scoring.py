@@ -1,139 +1,102 @@
-"""Scores: how well probabilities rank, and how sure that figure is.
+"""Ranks: how well the probabilities of a finding put positive images above negative ones.
 
-Images of one patient are alike, so the bootstrap draws patients, not images. An AUC from resampled patients is an AUC from
-images that count several times or not at all; that makes it a weighted rank statistic, computed here for many resamples
-at once from a single sort.
+An image may count several times or not at all, as in a resample of patients. A figure of many resamples at once then takes a
+single sort: the images are sorted once, and weighted positives and negatives are summed up at each distinct score.
 """
 
 from dataclasses import dataclass
 
 import numpy as np
 
-_RESAMPLES_AT_ONCE = 50
+
+@dataclass(frozen=True)
+class Counts:
+    """Weighted positives and negatives at each distinct score, the lowest first; float64, both of shape (B, G)."""
+
+    positive: np.ndarray
+    negative: np.ndarray
+
+    def auroc(self) -> np.ndarray:
+        """Area under the ROC curve: P(a positive scores more than a negative) + half the ties; shape (B,), NaN of one class."""
+        below = np.cumsum(self.negative, axis=1) - self.negative
+        won = (self.positive * (below + self.negative / 2)).sum(axis=1)
+        return _share(won, self.positive.sum(axis=1) * self.negative.sum(axis=1))
+
+    def average_precision(self) -> np.ndarray:
+        """Precision at each distinct threshold, weighted by the positives that it adds; shape (B,), NaN without a positive."""
+        true, false = _at_or_above(self.positive), _at_or_above(self.negative)
+        called = true + false
+        precision = np.divide(true, called, out=np.zeros_like(true), where=called > 0)
+        return _share((self.positive * precision).sum(axis=1), true[:, 0])
+
+    def sensitivity_at(self, specificity: float) -> np.ndarray:
+        """Largest sensitivity of a threshold with at least this specificity; shape (B,), NaN of one class."""
+        negatives = self.negative.sum(axis=1, keepdims=True)
+        below = np.cumsum(self.negative, axis=1) - self.negative
+        strict_enough = below >= specificity * negatives * (1 - 1e-9)
+        first = strict_enough.argmax(axis=1)
+        true = np.take_along_axis(_at_or_above(self.positive), first[:, None], axis=1)[:, 0]
+        # Where no score is strict enough, only a threshold above all of them is: it finds nothing.
+        true = np.where(strict_enough.any(axis=1), true, 0.0)
+        sensitivity = _share(true, self.positive.sum(axis=1))
+        return np.where(negatives[:, 0] > 0, sensitivity, np.nan)
+
+
+def _at_or_above(counts: np.ndarray) -> np.ndarray:
+    return np.cumsum(counts[:, ::-1], axis=1)[:, ::-1]
+
+
+def _share(part: np.ndarray, whole: np.ndarray) -> np.ndarray:
+    return np.divide(part, whole, out=np.full(len(part), np.nan), where=whole > 0)
 
 
 @dataclass(frozen=True)
-class Interval:
-    """A figure with its 95 % percentile bootstrap interval."""
-
-    value: float
-    low: float
-    high: float
-
-
-@dataclass(frozen=True)
-class AurocScores:
-    """Area under the ROC curve of each finding and their mean, with patient-clustered intervals.
-
-    Attributes
-    ----------
-    findings
-        One interval a finding, NIH order; NaN where only one class occurs.
-    mean
-        Of the findings that could be scored.
-    positives
-        Positive images of each finding.
-    """
-
-    findings: tuple[Interval, ...]
-    mean: Interval
-    positives: tuple[int, ...]
-    images: int
-    patients: int
-    resamples: int
-
-
-@dataclass(frozen=True)
-class _Ranking:
-    """Images of one finding sorted by score, and where each run of equal scores begins."""
+class Ranking:
+    """Images of one finding whose label is known, sorted by score, and where each run of equal scores begins."""
 
     order: np.ndarray
     positive: np.ndarray
     starts: np.ndarray
 
-    def auroc(self, weights: np.ndarray) -> np.ndarray:
-        """AUC under each row of `weights` (shape (B, N)): P(score of a positive > that of a negative) + half the ties."""
-        sorted_weights = weights[:, self.order]
-        positive = np.add.reduceat(sorted_weights * self.positive, self.starts, axis=1)
-        negative = np.add.reduceat(sorted_weights * (1 - self.positive), self.starts, axis=1)
-        below = np.cumsum(negative, axis=1) - negative
-        pairs = positive.sum(axis=1) * negative.sum(axis=1)
-        with np.errstate(invalid="ignore", divide="ignore"):
-            return np.where(pairs > 0, (positive * (below + negative / 2)).sum(axis=1) / pairs, np.nan)
+    @classmethod
+    def of(cls, scores: np.ndarray, labels: np.ndarray) -> "Ranking | None":
+        """Rank the images with a known label; shapes (N,), labels NaN where unknown. None where none is known."""
+        known = np.flatnonzero(np.isfinite(labels))
+        if known.size == 0:
+            return None
+        order = known[np.argsort(scores[known], kind="stable")]
+        ranked = scores[order]
+        starts = np.flatnonzero(np.r_[True, ranked[1:] != ranked[:-1]])
+        return cls(order, labels[order] == 1, starts)
+
+    def counts(self, weights: np.ndarray) -> Counts:
+        """Positives and negatives when each image counts so often; `weights` has shape (B, N)."""
+        ranked = weights[:, self.order].astype(np.float64)
+        positive = ranked * self.positive
+        negative = ranked - positive
+        if len(self.starts) == len(self.order):
+            return Counts(positive, negative)
+        return Counts(np.add.reduceat(positive, self.starts, axis=1), np.add.reduceat(negative, self.starts, axis=1))
+
+    def counted_once(self) -> Counts:
+        """Positives and negatives when each image counts once; B is 1."""
+        return self.counts(np.ones((1, self.order.max() + 1)))
 
 
-def _ranking(scores: np.ndarray, labels: np.ndarray) -> _Ranking | None:
-    known = np.flatnonzero(np.isfinite(labels))
-    if known.size == 0:
-        return None
-    order = known[np.argsort(scores[known], kind="stable")]
-    ranked = scores[order]
-    starts = np.flatnonzero(np.r_[True, ranked[1:] != ranked[:-1]])
-    return _Ranking(order, labels[order].astype(np.float64), starts)
+def rankings(scores: np.ndarray, labels: np.ndarray) -> list[Ranking | None]:
+    """One a column; shapes (N, K)."""
+    return [Ranking.of(scores[:, k], labels[:, k]) for k in range(scores.shape[1])]
 
 
 def auroc(scores: np.ndarray, labels: np.ndarray) -> np.ndarray:
     """AUC of each column; shapes (N, K) and (N, K), labels NaN where unknown; NaN where only one class occurs."""
-    ones = np.ones((1, len(scores)))
-    rankings = [_ranking(scores[:, k], labels[:, k]) for k in range(scores.shape[1])]
-    return np.array([np.nan if ranking is None else ranking.auroc(ones)[0] for ranking in rankings])
+    ranked = rankings(scores, labels)
+    return np.array([np.nan if each is None else each.counted_once().auroc()[0] for each in ranked])
 
 
-def mean_auroc(aucs: np.ndarray) -> float:
+def mean_over_findings(values: np.ndarray) -> float:
     """Mean over the findings that could be scored; NaN if none could."""
-    return float(np.nanmean(aucs)) if np.isfinite(aucs).any() else float("nan")
-
-
-def _patient_weights(patients: np.ndarray, resamples: int, generator: np.random.Generator) -> np.ndarray:
-    drawn = generator.integers(0, patients.max() + 1, size=(resamples, patients.max() + 1))
-    counts = np.zeros((resamples, patients.max() + 1))
-    np.add.at(counts, (np.arange(resamples)[:, None], drawn), 1.0)
-    return counts[:, patients]
-
-
-def score_auroc(
-    scores: np.ndarray, labels: np.ndarray, patient_keys: np.ndarray, *, resamples: int = 1000, seed: int = 0
-) -> AurocScores:
-    """AUCs with intervals from resampled patients.
-
-    Parameters
-    ----------
-    scores
-        Probabilities, float, shape (N, 14).
-    labels
-        float, shape (N, 14); NaN where unknown.
-    patient_keys
-        shape (N,); images with the same key are drawn together.
-    """
-    _, patients = np.unique(patient_keys, return_inverse=True)
-    rankings = [_ranking(scores[:, k], labels[:, k]) for k in range(scores.shape[1])]
-    generator = np.random.default_rng(seed)
-    drawn = np.full((resamples, scores.shape[1]), np.nan)
-    for start in range(0, resamples, _RESAMPLES_AT_ONCE):
-        stop = min(start + _RESAMPLES_AT_ONCE, resamples)
-        weights = _patient_weights(patients, stop - start, generator)
-        for k, ranking in enumerate(rankings):
-            if ranking is not None:
-                drawn[start:stop, k] = ranking.auroc(weights)
-    point = auroc(scores, labels)
-    scored = np.isfinite(point)
-    drawn_means = np.array([mean_auroc(row[scored]) for row in drawn])
-    return AurocScores(
-        findings=tuple(_interval(value, drawn[:, k]) for k, value in enumerate(point)),
-        mean=_interval(mean_auroc(point), drawn_means),
-        positives=tuple(int(count) for count in np.nansum(labels, axis=0)),
-        images=len(scores),
-        patients=int(patients.max()) + 1,
-        resamples=resamples,
-    )
-
-
-def _interval(value: float, drawn: np.ndarray) -> Interval:
-    kept = drawn[np.isfinite(drawn)]
-    if not np.isfinite(value) or kept.size == 0:
-        return Interval(float("nan"), float("nan"), float("nan"))
-    low, high = np.percentile(kept, [2.5, 97.5])
-    return Interval(float(value), float(low), float(high))
+    return float(np.nanmean(values)) if np.isfinite(values).any() else float("nan")
 
 
 def roc_curve(scores: np.ndarray, labels: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:

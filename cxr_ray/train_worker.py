@@ -28,7 +28,7 @@ from cxr_ray.findings import FINDINGS
 from cxr_ray.loss_guard import LossGuard
 from cxr_ray.losses import ClassWeights, Loss, make_loss
 from cxr_ray.presets.preset import Network, NetworkOptions
-from cxr_ray.scoring import auroc, mean_auroc, youden_thresholds
+from cxr_ray.scoring import auroc, mean_over_findings, youden_thresholds
 from cxr_ray.shard_rows import ShardReader
 from cxr_ray.train_events import EpochResult, TrainEvent
 from cxr_ray.train_reporter import Reporter
@@ -238,7 +238,7 @@ class _Worker:
             epoch=self._position.epoch + 1,
             loss=self._position.epoch_loss(trained.loss, trained.images),
             val_loss=val_loss,
-            val_auc=mean_auroc(aucs),
+            val_auc=mean_over_findings(aucs),
             val_auc_by_finding={name: float(auc) for name, auc in zip(FINDINGS, aucs, strict=True) if np.isfinite(auc)},
             learning_rate=step.optimizer.param_groups[0]["lr"],
             images_per_second=trained.images_per_second,

@@ -10,7 +10,7 @@ import shutil
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import httpx
@@ -32,7 +32,7 @@ from cxr_ray.evaluation import Evaluation, evaluate
 from cxr_ray.heatmap import occlusion, overlay
 from cxr_ray.progress import ProgressReport
 from cxr_ray.ray_session import ray_session
-from cxr_ray.report import auroc_table, interval_text, study_picture
+from cxr_ray.report import interval_text, scores_table, study_picture
 from cxr_ray.settings import Settings
 from cxr_ray.terminal import console, table
 from cxr_ray.train_settings import TrainSettings
@@ -96,9 +96,9 @@ def run_demo(settings: DemoSettings, wait: Callable[[], None]) -> None:
         with _step(5, "Score both on the untouched test patients"):
             full = _evaluate(data, out / "run", out / "evaluation")
             image_only = _evaluate(data, out / "run-image-only", out / "evaluation-image-only")
-            console.print(auroc_table(_title(full), full.scores))
-            console.print(f"mean AUC with clinical inputs    {interval_text(full.scores.mean)}")
-            console.print(f"mean AUC without clinical inputs {interval_text(image_only.scores.mean)}")
+            console.print(scores_table(_title(full), full.scores))
+            console.print(f"mean AUC with clinical inputs    {interval_text(full.scores.auroc)}")
+            console.print(f"mean AUC without clinical inputs {interval_text(image_only.scores.auroc)}")
             _write_summary(out, full, image_only)
         service = ServeSettings(
             bundle=str(out / "run" / BUNDLE),
@@ -147,7 +147,7 @@ def _title(evaluation: Evaluation) -> str:
 
 
 def _write_summary(out: Path, full: Evaluation, image_only: Evaluation) -> None:
-    summary = {"with_clinical_inputs": full.to_json()["mean"], "image_only": image_only.to_json()["mean"]}
+    summary = {"with_clinical_inputs": asdict(full.scores.auroc), "image_only": asdict(image_only.scores.auroc)}
     (out / "summary.json").write_text(json.dumps(summary, indent=2))
 
 

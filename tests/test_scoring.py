@@ -8,8 +8,9 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from sklearn import metrics
 
-from cxr_ray.report import auroc_table, interval_text
-from cxr_ray.scoring import auroc, mean_auroc, roc_curve, score_auroc, youden_thresholds
+from cxr_ray.report import interval_text, scores_table
+from cxr_ray.scoring import auroc, mean_over_findings, roc_curve, youden_thresholds
+from cxr_ray.split_scores import score
 from cxr_ray.terminal import console
 
 NAN = float("nan")
@@ -54,8 +55,8 @@ def test_columns_are_scored_apart():
 
 
 def test_mean_is_of_what_could_be_scored():
-    assert mean_auroc(np.array([0.8, NAN, 0.6])) == pytest.approx(0.7)
-    assert np.isnan(mean_auroc(np.full(3, NAN)))
+    assert mean_over_findings(np.array([0.8, NAN, 0.6])) == pytest.approx(0.7)
+    assert np.isnan(mean_over_findings(np.full(3, NAN)))
 
 
 def clustered(patients, images, seed=0):
@@ -74,42 +75,43 @@ def width(interval):
 
 def test_intervals_contain_the_value():
     scores, labels, keys = clustered(80, 3)
-    scored = score_auroc(scores, labels, keys, resamples=300)
+    scored = score(scores, labels, keys, resamples=300)
     assert (scored.images, scored.patients, scored.resamples) == (240, 80, 300)
-    assert scored.positives == tuple(labels.sum(axis=0).astype(int))
-    for interval, value in zip(scored.findings, auroc(scores, labels), strict=True):
+    assert [finding.positives for finding in scored.findings] == labels.sum(axis=0).astype(int).tolist()
+    for finding, value in zip(scored.findings, auroc(scores, labels), strict=True):
+        interval = finding.auroc
         assert interval.value == pytest.approx(value)
         assert interval.low < interval.value < interval.high
-    assert scored.mean.value == pytest.approx(np.mean([interval.value for interval in scored.findings]))
-    assert scored.mean.low < scored.mean.value < scored.mean.high
+    assert scored.auroc.value == pytest.approx(np.mean([finding.auroc.value for finding in scored.findings]))
+    assert scored.auroc.low < scored.auroc.value < scored.auroc.high
     # Findings are independent here: the mean of fourteen is surer than any of them.
-    assert width(scored.mean) < min(map(width, scored.findings))
+    assert width(scored.auroc) < min(width(finding.auroc) for finding in scored.findings)
 
 
 def test_repeated_images_of_a_patient_make_nothing_surer():
     """The honest interval does not shrink when every image is told twelve times; one over images does."""
     once, many = clustered(80, 1), clustered(80, 12)
-    single = score_auroc(*once, resamples=300)
-    by_patient = score_auroc(*many, resamples=300)
-    by_image = score_auroc(many[0], many[1], np.arange(len(many[0])), resamples=300)
-    assert width(by_patient.mean) == pytest.approx(width(single.mean), rel=0.3)
+    single = score(*once, resamples=300)
+    by_patient = score(*many, resamples=300)
+    by_image = score(many[0], many[1], np.arange(len(many[0])), resamples=300)
+    assert width(by_patient.auroc) == pytest.approx(width(single.auroc), rel=0.3)
     for patient, image in zip(by_patient.findings, by_image.findings, strict=True):
-        assert width(patient) > 2 * width(image)
+        assert width(patient.auroc) > 2 * width(image.auroc)
 
 
 def test_the_seed_makes_it_reproducible():
     data = clustered(30, 2)
-    one = score_auroc(*data, resamples=120, seed=4)
-    assert one == score_auroc(*data, resamples=120, seed=4)
-    other = score_auroc(*data, resamples=120, seed=5)
+    one = score(*data, resamples=120, seed=4)
+    assert one == score(*data, resamples=120, seed=4)
+    other = score(*data, resamples=120, seed=5)
     assert other != one
-    assert other.mean.value == one.mean.value
+    assert other.auroc.value == one.auroc.value
 
 
 def test_keys_only_group():
     scores, labels, keys = clustered(30, 2)
     renamed = np.array([f"z{key}" for key in keys])
-    assert score_auroc(scores, labels, renamed, resamples=100) == score_auroc(scores, labels, keys, resamples=100)
+    assert score(scores, labels, renamed, resamples=100) == score(scores, labels, keys, resamples=100)
 
 
 def test_a_resample_is_patients_drawn_with_replacement():
@@ -125,9 +127,9 @@ def test_a_resample_is_patients_drawn_with_replacement():
         possible.add(round(metrics.roc_auc_score(labels[rows], scores[rows]), 9))
     seen = set()
     for seed in range(60):
-        scored = score_auroc(scores[:, None], labels[:, None], patients, resamples=1, seed=seed)
-        assert scored.findings[0].low == scored.findings[0].high
-        seen.add(round(scored.findings[0].low, 9))
+        scored = score(scores[:, None], labels[:, None], patients, resamples=1, seed=seed)
+        assert scored.findings[0].auroc.low == scored.findings[0].auroc.high
+        seen.add(round(scored.findings[0].auroc.low, 9))
     assert seen <= possible
     assert len(seen) > len(possible) / 2
 
@@ -136,22 +138,25 @@ def test_a_resample_is_patients_drawn_with_replacement():
 def test_a_finding_with_one_class_is_not_scored(value):
     scores, labels, keys = clustered(20, 2)
     labels[:, 13] = value
-    scored = score_auroc(scores, labels, keys, resamples=100)
-    assert all(np.isnan([scored.findings[13].value, scored.findings[13].low, scored.findings[13].high]))
-    assert interval_text(scored.findings[13]) == "-"
-    assert np.isfinite([scored.mean.value, scored.mean.low, scored.mean.high]).all()
+    scored = score(scores, labels, keys, resamples=100)
+    hernia = scored.findings[13]
+    for interval in (hernia.auroc, hernia.average_precision, *hernia.sensitivity):
+        assert all(np.isnan([interval.value, interval.low, interval.high]))
+    assert interval_text(hernia.auroc) == "-"
+    assert np.isfinite([scored.auroc.value, scored.auroc.low, scored.auroc.high]).all()
     with console.capture() as printed:
-        console.print(auroc_table("a title", scored))
-    (hernia,) = [line for line in printed.get().splitlines() if line.split()[:1] == ["Hernia"]]
-    assert hernia.split() == ["Hernia", str(scored.positives[13]), "-"]
+        console.print(scores_table("a title", scored))
+    (shown,) = [line for line in printed.get().splitlines() if line.split()[:1] == ["Hernia"]]
+    share = ["(100.0%)"] if value == 1 else []
+    assert shown.split() == ["Hernia", str(hernia.positives), *share, "-", "-"]
 
 
 def test_a_resample_without_positives_does_not_spoil_the_interval():
     """One positive patient of ten is absent from a third of the resamples."""
     labels = np.zeros((10, 1))
     labels[3] = 1
-    scored = score_auroc(np.linspace(0, 1, 10)[:, None], labels, np.arange(10), resamples=200)
-    interval = scored.findings[0]
+    scored = score(np.linspace(0, 1, 10)[:, None], labels, np.arange(10), resamples=200)
+    interval = scored.findings[0].auroc
     assert np.isfinite([interval.low, interval.high]).all()
     assert interval.value == pytest.approx(3 / 9)
     assert interval.low <= interval.value <= interval.high

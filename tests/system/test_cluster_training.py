@@ -18,7 +18,7 @@ from local_cluster import LocalCluster, watched
 
 pytestmark = [pytest.mark.system, pytest.mark.timeout(900)]
 
-EPOCHS = 5
+EPOCHS = 4
 HEAD_CPUS, NODE_CPUS = 3, 2
 STARTED = r"train: training, 2 workers \(processes (\d+), (\d+)\)"
 GOING_ON = r"train: going on from the checkpoint after epoch (\d+), 2 workers \(processes (\d+), (\d+)\)"

@@ -118,7 +118,8 @@ def test_an_archive_of_dicom_files_and_zips(ray_cluster, bucket, real_data, tmp_
 def test_a_run_reads_its_dataset_from_there_and_leaves_everything_there(ray_cluster, bucket, tmp_path, capfd):
     make_release(PhantomSettings(out=str(tmp_path / "release"), patients=15, size=64))
     ingest_nih(NihSettings(release=str(tmp_path / "release"), out=bucket("out/phantoms"), size=32))
-    settings = TrainSettings(data=bucket("out/phantoms"), out=bucket("runs/one"), preset="clinical", epochs=2, batch_size=16)
+    chosen = dict(preset="chexnet", workers=2, epochs=2, batch_size=16)
+    settings = TrainSettings.model_validate(dict(data=bucket("out/phantoms"), out=bucket("runs/one")) | chosen)
     description = train(settings, lambda event: None)
     held = names(bucket("runs/one"))
     assert {"settings.yaml", "epochs.json", "training.png", "bundle/bundle.json", "bundle/model.safetensors"} <= held

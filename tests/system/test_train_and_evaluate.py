@@ -9,15 +9,18 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pandas as pd
 import pytest
 import ray
 from conftest import PHANTOM_EPOCHS, PhantomRun
+from sklearn.metrics import roc_auc_score
 
 from cxr_ray.bundle import load_bundle
+from cxr_ray.calibration import Calibrator
 from cxr_ray.clinical import ClinicalLayout
 from cxr_ray.dataset import Dataset
 from cxr_ray.distributed import BUNDLE, train
-from cxr_ray.errors import CxrRayError
+from cxr_ray.errors import CxrRayError, UsageError
 from cxr_ray.evaluate_settings import EvaluateSettings
 from cxr_ray.evaluation import Evaluation, evaluate
 from cxr_ray.findings import FINDINGS
@@ -39,27 +42,49 @@ def settings(phantoms: PhantomRun, **changed: object) -> TrainSettings:
 @pytest.fixture(scope="module")
 def evaluation(phantom_run: PhantomRun, tmp_path_factory: pytest.TempPathFactory) -> Evaluation:
     out = tmp_path_factory.mktemp("evaluation") / "new"
-    return evaluate(EvaluateSettings(bundle=str(phantom_run.run / BUNDLE), data=str(phantom_run.dataset), out=str(out)))
+    return evaluate(
+        EvaluateSettings(
+            bundle=str(phantom_run.run / BUNDLE),
+            data=str(phantom_run.dataset),
+            out=str(out),
+            scores=str(out / "more" / "scores.parquet"),
+            subgroups=True,
+            ablate=True,
+        )
+    )
 
 
 def test_network_learns_what_phantoms_show(evaluation: Evaluation, phantom_run: PhantomRun) -> None:
     scores = evaluation.scores
     split = Dataset(str(phantom_run.dataset)).split("test")
     assert (scores.images, scores.patients) == (split.images, split.patients)
-    assert scores.mean.low <= scores.mean.value <= scores.mean.high
-    assert scores.mean.value >= 0.80
-    assert scores.mean.low > 0.5
+    assert scores.auroc.low <= scores.auroc.value <= scores.auroc.high
+    assert scores.auroc.value >= 0.80
+    assert scores.auroc.low > 0.5
 
 
 def test_clinical_inputs_are_worth_something(evaluation: Evaluation) -> None:
-    without = evaluate(evaluation.settings.model_copy(update={"withhold": "clinical", "out": None}))
-    assert without.scores.images == evaluation.scores.images
-    assert without.scores.mean.value < evaluation.scores.mean.value
+    ablated = {ablation.name: ablation for ablation in evaluation.ablations}
+    assert len(ablated) == 6
+    honest = evaluation.scores.auroc.value
+    for name in ("no image", "no clinical inputs", "no history", "another patient's history"):
+        assert ablated[name].auroc.value < honest
+    assert ablated["LEAK: history includes this film"].auroc.value > honest
+    for ablation in evaluation.ablations:
+        assert ablation.difference.value == pytest.approx(ablation.auroc.value - honest)
+        assert ablation.difference.low <= ablation.difference.value <= ablation.difference.high
 
 
 def test_evaluation_is_written_for_machines_and_for_people(evaluation: Evaluation, phantom_run: PhantomRun) -> None:
     out = Path(evaluation.settings.out)
-    assert {path.name for path in out.iterdir()} == {"evaluation.json", "roc.png"}
+    assert {path.name for path in out.iterdir()} == {
+        "evaluation.json",
+        "findings.csv",
+        "subgroups.csv",
+        "ablations.csv",
+        "roc.png",
+        "more",
+    }
     assert (out / "roc.png").read_bytes().startswith(b"\x89PNG")
     written = json.loads((out / "evaluation.json").read_text())
     assert written == evaluation.to_json()
@@ -67,8 +92,64 @@ def test_evaluation_is_written_for_machines_and_for_people(evaluation: Evaluatio
     assert (written["split"], written["withheld"], written["images"]) == ("test", "nothing", evaluation.scores.images)
     assert list(written["findings"]) == list(FINDINGS)
     for finding in written["findings"].values():
-        assert finding["positives"] == 0 or finding["low"] <= finding["auc"] <= finding["high"]
+        auc = finding["auc"]
+        assert finding["positives"] == 0 or auc["low"] <= auc["value"] <= auc["high"]
     assert written["bundle"]["digest"] == load_bundle(str(phantom_run.run / BUNDLE)).description.digest
+
+
+def scored_only(evaluation: Evaluation, **changed: object) -> EvaluateSettings:
+    """The same bundle and dataset, nothing written."""
+    return evaluation.settings.model_copy(update={"out": None, "scores": None, "subgroups": False, "ablate": False, **changed})
+
+
+def test_another_program_scores_the_same_from_the_file_of_scores(evaluation: Evaluation) -> None:
+    scores = pd.read_parquet(evaluation.settings.scores)
+    assert len(scores) == 14 * evaluation.scores.images
+    for name, finding in zip(FINDINGS, evaluation.scores.findings, strict=True):
+        of_finding = scores[scores["finding"] == name]
+        if 0 < of_finding["label"].sum() < len(of_finding):
+            theirs = roc_auc_score(of_finding["label"], of_finding["probability"])
+            assert finding.auroc.value == pytest.approx(theirs, abs=1e-9)
+
+
+def test_subgroups_add_up_to_the_split(evaluation: Evaluation) -> None:
+    images: dict[str, int] = {}
+    for group in evaluation.subgroups:
+        images[group.by] = images.get(group.by, 0) + group.images
+    assert {by: images[by] for by in ("sex", "age", "view", "visit", "images a patient")} == dict.fromkeys(
+        ("sex", "age", "view", "visit", "images a patient"), evaluation.scores.images
+    )
+    assert [group.name for group in evaluation.subgroups if group.by == "finding"] == ["known before", "new"]
+
+
+def test_calibration_changes_probabilities_and_not_their_order(evaluation: Evaluation) -> None:
+    calibrated = evaluate(scored_only(evaluation, calibrate="platt"))
+    for before, after, change in zip(
+        evaluation.scores.findings, calibrated.scores.findings, calibrated.recalibrated, strict=True
+    ):
+        if change.calibrator.slope > 0:
+            assert after.auroc.value == pytest.approx(before.auroc.value, abs=1e-3, nan_ok=True)
+    assert any(change.calibrator != Calibrator() for change in calibrated.recalibrated)
+    # What a threshold finds does not change when it moves with the probabilities.
+    for before, after, change in zip(evaluation.operating, calibrated.operating, calibrated.recalibrated, strict=True):
+        if change.calibrator.slope > 0:
+            assert after.sensitivity == pytest.approx(before.sensitivity, nan_ok=True)
+
+
+@pytest.mark.parametrize(
+    ("changed", "said"),
+    [
+        ({"prior_shift": True}, r"setting 'prior_shift' is True without calibrate: .*; add --calibrate platt"),
+        (
+            {"ablate": True, "withhold": "clinical"},
+            r"setting 'ablate' is True beside withhold or calibrate: .*; leave them out",
+        ),
+        ({"calibrate": "platt", "split": "val"}, r"setting 'calibrate' is 'platt': it is fitted on split val"),
+    ],
+)
+def test_evaluations_that_mean_nothing_are_refused(evaluation: Evaluation, changed: dict[str, object], said: str) -> None:
+    with pytest.raises(UsageError, match=said):
+        evaluate(scored_only(evaluation, **changed))
 
 
 def test_bundle_verifies_and_validation_was_complete(phantom_run: PhantomRun) -> None:
@@ -165,10 +246,12 @@ def test_real_release_is_ingested_trained_on_resumed_and_evaluated(ray_cluster: 
     assert (manifest.counts["rows"], manifest.counts["present"], manifest.left_out) == (112_120, 909, [])
     # Processes of their own, which join the cluster that is there.
     environment = {**os.environ, "RAY_ADDRESS": ray.get_runtime_context().gcs_address}
-    options = ["--data", data, "--out", run, "--workers", "2", "--epochs", "2"]
+    options = ["--data", data, "--out", run, "--preset", "baltruschat2018", "--workers", "2", "--epochs", "2"]
     kill_after_first_epoch([sys.executable, "-m", "cxr_ray", "train", *options], environment)
     events: list[TrainEvent] = []
-    description = train(TrainSettings(data=data, out=run, workers=2, epochs=2, resume=True), events.append)
+    description = train(
+        TrainSettings(data=data, out=run, preset="baltruschat2018", workers="2", epochs=2, resume=True), events.append
+    )
     assert (events[0].kind, events[0].epoch) == ("start", 2)
     assert [event.epoch for event in events if event.kind == "epoch"] == [2]
     assert description.validation["images"] == images["val"]
@@ -176,11 +259,13 @@ def test_real_release_is_ingested_trained_on_resumed_and_evaluated(ray_cluster: 
     command = [sys.executable, "-m", "cxr_ray", "evaluate", "--bundle", f"{run}/{BUNDLE}", "--data", data]
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300, check=False)
     assert done.returncode == 0, done.stdout + done.stderr
-    assert "multi-input on test: 219 images of" in done.stdout
+    assert "baltruschat2018 on test: 219 images of" in done.stdout
     interval = r"[01]\.\d{3} \([01]\.\d{3}-[01]\.\d{3}\)"
     assert re.search(rf"^ *mean +{interval}", done.stdout, re.MULTILINE), done.stdout
     # A dash where the part of the test split that is here holds no positive.
     for name in FINDINGS:
-        assert re.search(rf"^ *{name.replace('_', ' ')} +\d+ +({interval}|-)", done.stdout, re.MULTILINE), done.stdout
+        assert re.search(rf"^ *{name.replace('_', ' ')} +\d+( \([\d.]+%\))? +({interval}|-)", done.stdout, re.MULTILINE), (
+            done.stdout
+        )
     # The published figures are of the whole test split.
     assert "published" not in done.stdout

@@ -55,8 +55,9 @@ def results(events: list[TrainEvent]) -> list[EpochResult]:
     return [event.result for event in events if event.kind == "epoch"]
 
 
-# The others are trained by two workers as well: multi-input by the session's phantom run, clinical below.
-@pytest.mark.parametrize("preset", sorted(set(PRESETS) - {"multi-input", "clinical"}))
+# The others are trained by two workers elsewhere: multi-input in the session's phantom run, baltruschat2018 on real films,
+# chexnet from an S3 server's dataset, clinical below.
+@pytest.mark.parametrize("preset", sorted(set(PRESETS) - {"multi-input", "baltruschat2018", "chexnet", "clinical"}))
 def test_every_preset_is_trained_by_two_workers_and_scores(few: Path, tmp_path: Path, preset: str) -> None:
     events = trained(few, tmp_path / "run", preset=preset, epochs=1, batch_size=32, accumulate=1)
     assert len(set(start(events).pids)) == 2
@@ -127,7 +128,7 @@ def test_the_bundle_holds_the_averaged_weights_that_were_validated(
     out, events = undisturbed
     best = max(results(events), key=lambda result: result.val_auc)
     scored = evaluate(EvaluateSettings(bundle=str(out / BUNDLE), data=str(few), split="val", resamples=100))
-    assert scored.scores.mean.value == pytest.approx(best.val_auc, abs=2e-3)
+    assert scored.scores.auroc.value == pytest.approx(best.val_auc, abs=2e-3)
 
 
 def test_patience_ends_a_run_early_with_a_bundle(few: Path, tmp_path: Path) -> None:

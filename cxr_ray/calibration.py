@@ -1,0 +1,148 @@
+"""Whether probabilities mean what they say: calibration measures, recalibration on a validation split, and prior shift.
+
+Sources: Platt 1999 (slope and intercept on the log-odds), Guo et al. 2017 (temperature), Saerens, Latinne & Decaestecker 2002
+(prevalence of a population without labels, and probabilities for it).
+"""
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from cxr_ray.evaluate_settings import Calibration
+
+BINS = 10
+_CLOSEST = 1e-7
+_NEWTON_STEPS = 50
+_EM_STEPS = 1000
+
+
+@dataclass(frozen=True)
+class Reliability:
+    """Bins of equally many images, from the lowest probabilities to the highest; three arrays of equal length.
+
+    Attributes
+    ----------
+    predicted
+        Mean probability of the bin.
+    observed
+        Share of positives in it.
+    images
+        How many it has.
+    """
+
+    predicted: np.ndarray
+    observed: np.ndarray
+    images: np.ndarray
+
+    @property
+    def expected_error(self) -> float:
+        """Expected calibration error: the mean distance of the two, over the images."""
+        if not len(self.images):
+            return float("nan")
+        return float(np.average(np.abs(self.predicted - self.observed), weights=self.images))
+
+
+def reliability(probabilities: np.ndarray, labels: np.ndarray, bins: int = BINS) -> Reliability:
+    """Bins of one finding; shapes (N,), labels NaN where unknown. Equal probabilities share a bin.
+
+    With bins of equal width nearly all images of a rare finding lie in the first one.
+    """
+    known = np.isfinite(labels)
+    values, truth = probabilities[known].astype(np.float64), labels[known].astype(np.float64)
+    if not len(values):
+        return Reliability(np.empty(0), np.empty(0), np.empty(0, dtype=np.int64))
+    edges = np.quantile(values, np.linspace(0, 1, bins + 1)[1:-1], method="higher")
+    where = np.searchsorted(edges, values, side="right")
+    images = np.bincount(where, minlength=bins)
+    held = images > 0
+    predicted, observed = (np.bincount(where, weights=each, minlength=bins)[held] / images[held] for each in (values, truth))
+    return Reliability(predicted, observed, images[held])
+
+
+def brier(probabilities: np.ndarray, labels: np.ndarray) -> float:
+    """Mean squared distance of probability and label of one finding; NaN if no label is known."""
+    known = np.isfinite(labels)
+    return float(np.mean((probabilities[known] - labels[known]) ** 2)) if known.any() else float("nan")
+
+
+@dataclass(frozen=True)
+class Calibrator:
+    """New log-odds of a finding: slope times the old ones, and an intercept."""
+
+    slope: float = 1.0
+    intercept: float = 0.0
+
+    def __call__(self, probabilities: np.ndarray) -> np.ndarray:
+        """Recalibrated probabilities, float64."""
+        return _sigmoid(self.slope * _log_odds(probabilities) + self.intercept)
+
+
+def fit(probabilities: np.ndarray, labels: np.ndarray, method: Calibration) -> Calibrator:
+    """The calibrator with the highest likelihood on one finding of a validation split.
+
+    Parameters
+    ----------
+    probabilities, labels
+        Shape (N,); labels NaN where unknown. Where only one class occurs nothing is changed.
+    method
+        "temperature" has no intercept.
+    """
+    known = np.isfinite(labels)
+    truth = labels[known].astype(np.float64)
+    if method == "none" or not 0 < truth.sum() < truth.size:
+        return Calibrator()
+    odds = _log_odds(probabilities[known])
+    design = odds[:, None] if method == "temperature" else np.stack([odds, np.ones_like(odds)], axis=1)
+    weights = np.array([1.0, 0.0])[: design.shape[1]]
+    for _ in range(_NEWTON_STEPS):
+        predicted = _sigmoid(design @ weights)
+        gradient = design.T @ (predicted - truth)
+        hessian = (design * (predicted * (1 - predicted))[:, None]).T @ design
+        # A ridge so small that it only matters where the classes can be told apart without error.
+        step = np.linalg.solve(hessian + 1e-6 * np.eye(len(weights)), gradient + 1e-6 * weights)
+        weights = weights - np.clip(step, -1, 1)
+        if np.abs(step).max() < 1e-10:
+            break
+    return Calibrator(float(weights[0]), float(weights[1]) if method == "platt" else 0.0)
+
+
+def shifted(probabilities: np.ndarray, trained_prevalence: float, prevalence: float) -> np.ndarray:
+    """Probabilities of one finding for a population in which it is more or less common than in training.
+
+    Parameters
+    ----------
+    trained_prevalence, prevalence
+        Between 0 and 1, both excluded.
+    """
+    return _sigmoid(_log_odds(probabilities) + _logit(prevalence) - _logit(trained_prevalence))
+
+
+def estimated_prevalence(probabilities: np.ndarray, trained_prevalence: float) -> float:
+    """Prevalence of a finding in a population without labels, by expectation maximisation (Saerens et al., eq. 2.9).
+
+    Parameters
+    ----------
+    probabilities
+        Of this population, calibrated for `trained_prevalence`; shape (N,).
+    """
+    prevalence = trained_prevalence
+    for _ in range(_EM_STEPS):
+        previous = prevalence
+        # Held away from 0 and 1, where it could not come back from.
+        prevalence = float(np.clip(shifted(probabilities, trained_prevalence, previous).mean(), _CLOSEST, 1 - _CLOSEST))
+        if abs(prevalence - previous) < 1e-9:
+            break
+    return prevalence
+
+
+def _log_odds(probabilities: np.ndarray) -> np.ndarray:
+    held = np.clip(probabilities.astype(np.float64), _CLOSEST, 1 - _CLOSEST)
+    return np.log(held) - np.log1p(-held)
+
+
+def _logit(probability: float) -> float:
+    return float(np.log(probability) - np.log1p(-probability))
+
+
+def _sigmoid(log_odds: np.ndarray) -> np.ndarray:
+    return 1 / (1 + np.exp(-log_odds))

@@ -1,0 +1,122 @@
+"""Calibration against scikit-learn and against what is known by construction."""
+
+import numpy as np
+import pytest
+from sklearn import metrics
+from sklearn.linear_model import LogisticRegression
+
+from cxr_ray.calibration import Calibrator, brier, estimated_prevalence, fit, reliability, shifted
+
+NAN = float("nan")
+
+
+def logits(values):
+    return np.log(values / (1 - values))
+
+
+def drawn(count, seed=0, slope=1.0, intercept=0.0):
+    """Probabilities that are wrong by a slope and an intercept, and labels drawn from the right ones."""
+    generator = np.random.default_rng(seed)
+    right = generator.beta(1, 4, count)
+    labels = (generator.random(count) < right).astype(float)
+    return 1 / (1 + np.exp(-(logits(right) - intercept) / slope)), labels
+
+
+def test_brier_is_scikit_learns_and_leaves_unknown_labels_out():
+    probabilities, labels = drawn(500)
+    assert brier(probabilities, labels) == pytest.approx(metrics.brier_score_loss(labels, probabilities))
+    half = labels.copy()
+    half[::2] = NAN
+    assert brier(probabilities, half) == pytest.approx(metrics.brier_score_loss(labels[1::2], probabilities[1::2]))
+    assert np.isnan(brier(probabilities, np.full(500, NAN)))
+
+
+def test_bins_hold_equally_many_images_and_their_means():
+    probabilities, labels = drawn(1000)
+    bins = reliability(probabilities, labels)
+    assert bins.images.tolist() == [100] * 10
+    order = np.argsort(probabilities)
+    np.testing.assert_allclose(bins.predicted, probabilities[order].reshape(10, 100).mean(axis=1))
+    np.testing.assert_allclose(bins.observed, labels[order].reshape(10, 100).mean(axis=1))
+    assert bins.expected_error == pytest.approx(np.mean(np.abs(bins.predicted - bins.observed)))
+
+
+def test_equal_probabilities_share_a_bin():
+    probabilities = np.repeat([0.1, 0.4], [70, 30])
+    labels = np.r_[np.ones(14), np.zeros(56), np.ones(3), np.zeros(27)]
+    bins = reliability(probabilities, labels)
+    assert bins.images.tolist() == [70, 30]
+    np.testing.assert_allclose(bins.observed, [0.2, 0.1])
+    assert bins.expected_error == pytest.approx(0.7 * 0.1 + 0.3 * 0.3)
+
+
+def test_nothing_known_has_no_error():
+    assert np.isnan(reliability(np.full(5, 0.5), np.full(5, NAN)).expected_error)
+
+
+def test_platt_is_logistic_regression_without_a_penalty():
+    probabilities, labels = drawn(4000, slope=0.5, intercept=-1.0)
+    found = fit(probabilities, labels, "platt")
+    theirs = LogisticRegression(C=1e9, tol=1e-10).fit(logits(probabilities)[:, None], labels)
+    assert found.slope == pytest.approx(theirs.coef_[0, 0], rel=1e-4)
+    assert found.intercept == pytest.approx(theirs.intercept_[0], rel=1e-4)
+    assert (found.slope, found.intercept) == (pytest.approx(0.5, abs=0.1), pytest.approx(-1, abs=0.2))
+
+
+def test_temperature_has_no_intercept_and_the_highest_likelihood():
+    probabilities, labels = drawn(4000, slope=0.5)
+    found = fit(probabilities, labels, "temperature")
+    assert found.intercept == 0
+    best = min(np.linspace(0.3, 0.8, 501), key=lambda slope: metrics.log_loss(labels, Calibrator(slope)(probabilities)))
+    assert found.slope == pytest.approx(best, abs=1e-3)
+
+
+@pytest.mark.parametrize("method", ["temperature", "platt"])
+def test_recalibration_mends_what_was_wrong_on_patients_not_seen(method):
+    wrong = dict(slope=0.4, intercept=-1.0 if method == "platt" else 0.0)
+    change = fit(*drawn(4000, **wrong), method)
+    probabilities, labels = drawn(4000, seed=1, **wrong)
+    before, after = (reliability(values, labels).expected_error for values in (probabilities, change(probabilities)))
+    assert after < 0.03 < 0.1 < before
+    # Their order stays.
+    assert (np.diff(change(np.sort(probabilities))) >= 0).all()
+
+
+@pytest.mark.parametrize("labels", [np.zeros(50), np.ones(50), np.full(50, NAN)])
+def test_one_class_changes_nothing(labels):
+    assert fit(np.linspace(0.1, 0.9, 50), labels, "platt") == Calibrator()
+
+
+def test_classes_that_are_told_apart_without_error_give_a_finite_calibrator():
+    probabilities = np.r_[np.full(20, 0.1), np.full(20, 0.9)]
+    found = fit(probabilities, np.r_[np.zeros(20), np.ones(20)], "platt")
+    assert np.isfinite([found.slope, found.intercept]).all()
+    assert found.slope > 1
+
+
+def test_probabilities_of_nought_and_one_stay_finite():
+    assert np.isfinite(Calibrator(2.0, -1.0)(np.array([0.0, 1.0]))).all()
+
+
+def test_another_prevalence_is_bayes_rule():
+    values = np.array([0.05, 0.3, 0.9])
+    expected = values * 0.4 / 0.1 / (values * 0.4 / 0.1 + (1 - values) * 0.6 / 0.9)
+    np.testing.assert_allclose(shifted(values, 0.1, 0.4), expected)
+    np.testing.assert_allclose(shifted(values, 0.2, 0.2), values)
+
+
+def test_the_prevalence_of_a_population_is_found_without_its_labels():
+    """Scores drawn from two normal distributions: the right probability is known for any prevalence."""
+    generator = np.random.default_rng(0)
+    truth = generator.random(20_000) < 0.4
+    scores = generator.normal(size=20_000) + 2.0 * truth
+    trained = 0.1
+    probabilities = 1 / (1 + np.exp(-(2.0 * scores - 2.0) - np.log(trained / (1 - trained))))
+    assert estimated_prevalence(probabilities, trained) == pytest.approx(truth.mean(), abs=0.01)
+    mended = shifted(probabilities, trained, estimated_prevalence(probabilities, trained))
+    assert reliability(mended, truth.astype(float)).expected_error < 0.02
+    assert reliability(probabilities, truth.astype(float)).expected_error > 0.1
+
+
+def test_a_population_without_a_case_is_not_lost():
+    assert 0 < estimated_prevalence(np.full(1000, 1e-9), 0.1) < 1e-3
