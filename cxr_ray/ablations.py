@@ -79,8 +79,8 @@ def ablations(layout: ClinicalLayout, *, reads_images: bool) -> list[Ablation]:
         chosen += [
             Ablation("no history", lambda films, _: films.inputs.without_history()),
             Ablation("another patient's history", _shuffled),
-            Ablation("LEAK: history includes this film", lambda films, _: including_this_film(films)),
-            Ablation("LEAK: history includes the future", lambda films, _: including_the_future(films)),
+            Ablation("LEAK: this film included", lambda films, _: including_this_film(films)),
+            Ablation("LEAK: future included", lambda films, _: including_the_future(films)),
         ]
     return chosen
 

@@ -65,9 +65,9 @@ def _evaluate(settings: EvaluateSettings, json: bool) -> None:
     published = find(evaluation.bundle.preset).published[:1] if _is_official_test(settings.split, scores.images) else ()
     console.print(scores_table(title, scores, published[0].auc if published else None))
     if evaluation.subgroups:
-        console.print(subgroups_table(f"Subgroups of {settings.split}", evaluation.subgroups))
+        console.print(subgroups_table(f"Subgroups of {settings.split}: mean AUC", evaluation.subgroups))
     if evaluation.ablations:
-        console.print(ablations_table(f"Ablations on {settings.split}", scores.auroc, evaluation.ablations))
+        console.print(ablations_table(f"Ablations on {settings.split}: mean AUC", scores.auroc, evaluation.ablations))
     if settings.out is not None:
         tables = ["findings.csv"] + ["subgroups.csv"] * settings.subgroups + ["ablations.csv"] * settings.ablate
         console.print(f"written to {storage.shown(settings.out)}: evaluation.json, {', '.join(tables)}, roc.png")

@@ -95,7 +95,7 @@ def predict_split(
     )
     expected = dataset.split(split).images
     tables = []
-    with ProgressReport("evaluate", expected, f"{split} images") as progress:
+    with ProgressReport("evaluate", expected, "images") as progress:
         for batch in predicted.iter_batches(batch_size=None, batch_format="pyarrow"):
             tables.append(batch)
             progress.advance(batch.num_rows)

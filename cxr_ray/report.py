@@ -48,7 +48,7 @@ def scores_table(title: str, scores: SplitScores, published: Mapping[str, float]
 def subgroups_table(title: str, groups: Sequence[SubgroupScore]) -> Table:
     """Subgroup, images, patients, how many findings could be scored, and their mean AUC with interval."""
     columns = [("by", False), ("subgroup", False), ("images", True), ("patients", True), ("findings", True)]
-    shown = table(title, [*columns, ("mean AUC (95 % interval)", True)])
+    shown = table(title, [*columns, ("AUC (95 % interval)", True)])
     previous = ""
     for group in groups:
         if previous and group.by != previous:
@@ -61,7 +61,7 @@ def subgroups_table(title: str, groups: Sequence[SubgroupScore]) -> Table:
 
 def ablations_table(title: str, honest: Interval, scores: Sequence[AblationScore]) -> Table:
     """Mean AUC as it is and under each ablation, and the difference, paired over patients."""
-    shown = table(title, [("inputs", False), ("mean AUC (95 % interval)", True), ("difference", True)])
+    shown = table(title, [("inputs", False), ("AUC (95 % interval)", True), ("difference", True)])
     shown.add_row("as they are", interval_text(honest), "", style="bold")
     for each in scores:
         change = each.difference

@@ -74,8 +74,8 @@ def subgroups(table: pa.Table) -> Iterator[Subgroup]:
         *(of("age", name, chosen) for name, chosen in _ages(table["age_years"].to_numpy())),
         *(of("view", name, chosen) for name, chosen in _values(table["view"])),
         *(of("visit", name, chosen) for name, chosen in _visits(table["history_count"].to_numpy())),
-        *(of("images a patient", name, chosen) for name, chosen in _images(table["patient_key"].to_numpy())),
-        of("finding", "known before", ever == 1),
+        *(of("per patient", name, chosen) for name, chosen in _images(table["patient_key"].to_numpy())),
+        of("finding", "known", ever == 1),
         of("finding", "new", ever == 0),
     ]
     return (group for group in found if group.member.any())
@@ -113,7 +113,7 @@ def _values(column: pa.ChunkedArray) -> Iterator[tuple[str, np.ndarray]]:
 
 def _ages(years: np.ndarray) -> Iterator[tuple[str, np.ndarray]]:
     for low, high in _AGES:
-        name = f"{low}-{high - 1}" if high < _AGES[-1][1] else f"{low} and more"
+        name = f"{low}-{high - 1}" if high < _AGES[-1][1] else f"{low}+"
         yield name, (years >= low) & (years < high)
     yield "unknown", np.isnan(years)
 
@@ -128,5 +128,5 @@ def _images(patient_keys: np.ndarray) -> Iterator[tuple[str, np.ndarray]]:
     _, patients, held = np.unique(patient_keys, return_inverse=True, return_counts=True)
     count = held[patients]
     for low, high in _IMAGES:
-        name = str(low) if high == low + 1 else f"{low} and more" if high is None else f"{low}-{high - 1}"
+        name = f"{low} image" if high == low + 1 else f"{low}+ images" if high is None else f"{low}-{high - 1} images"
         yield name, (count >= low) & (count < (high or np.inf))
