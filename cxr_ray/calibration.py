@@ -1,7 +1,6 @@
-"""Whether probabilities mean what they say: calibration measures, recalibration on a validation split, and prior shift.
+"""Whether probabilities mean what they say: calibration measures, and recalibration on a validation split.
 
-Sources: Platt 1999 (slope and intercept on the log-odds), Guo et al. 2017 (temperature), Saerens, Latinne & Decaestecker 2002
-(prevalence of a population without labels, and probabilities for it).
+Sources: Platt 1999 (slope and intercept on the log-odds), Guo et al. 2017 (temperature).
 """
 
 from dataclasses import dataclass
@@ -13,7 +12,6 @@ from cxr_ray.evaluate_settings import Calibration
 BINS = 10
 _CLOSEST = 1e-7
 _NEWTON_STEPS = 50
-_EM_STEPS = 1000
 
 
 @dataclass(frozen=True)
@@ -106,42 +104,9 @@ def fit(probabilities: np.ndarray, labels: np.ndarray, method: Calibration) -> C
     return Calibrator(float(weights[0]), float(weights[1]) if method == "platt" else 0.0)
 
 
-def shifted(probabilities: np.ndarray, trained_prevalence: float, prevalence: float) -> np.ndarray:
-    """Probabilities of one finding for a population in which it is more or less common than in training.
-
-    Parameters
-    ----------
-    trained_prevalence, prevalence
-        Between 0 and 1, both excluded.
-    """
-    return _sigmoid(_log_odds(probabilities) + _logit(prevalence) - _logit(trained_prevalence))
-
-
-def estimated_prevalence(probabilities: np.ndarray, trained_prevalence: float) -> float:
-    """Prevalence of a finding in a population without labels, by expectation maximisation (Saerens et al., eq. 2.9).
-
-    Parameters
-    ----------
-    probabilities
-        Of this population, calibrated for `trained_prevalence`; shape (N,).
-    """
-    prevalence = trained_prevalence
-    for _ in range(_EM_STEPS):
-        previous = prevalence
-        # Held away from 0 and 1, where it could not come back from.
-        prevalence = float(np.clip(shifted(probabilities, trained_prevalence, previous).mean(), _CLOSEST, 1 - _CLOSEST))
-        if abs(prevalence - previous) < 1e-9:
-            break
-    return prevalence
-
-
 def _log_odds(probabilities: np.ndarray) -> np.ndarray:
     held = np.clip(probabilities.astype(np.float64), _CLOSEST, 1 - _CLOSEST)
     return np.log(held) - np.log1p(-held)
-
-
-def _logit(probability: float) -> float:
-    return float(np.log(probability) - np.log1p(-probability))
 
 
 def _sigmoid(log_odds: np.ndarray) -> np.ndarray:

@@ -34,9 +34,6 @@ class EvaluateSettings(Settings):
     calibrate: Calibration = Field(
         "none", description="Recalibration of the probabilities, fitted on the validation split: temperature or platt."
     )
-    prior_shift: bool = Field(
-        default=False, description="Correct for how common findings are in this split, estimated without its labels."
-    )
     resamples: int = Field(1000, ge=100, le=100_000, description="Bootstrap resamples of patients.")
     batch_size: int = Field(64, ge=1, description="Images a forward pass.")
     workers: int = Field(1, ge=1, description="Processes that run the network.")

@@ -6,6 +6,7 @@ from dataclasses import asdict, dataclass, replace
 
 import numpy as np
 import pyarrow.parquet as pq
+from pyarrow import fs
 
 from cxr_ray import calibration, presets, storage
 from cxr_ray.ablations import Ablation, AblationScore, ablations, films_of
@@ -21,31 +22,6 @@ from cxr_ray.report import roc_picture
 from cxr_ray.score_tables import ablations_csv, findings_csv, plain, subgroups_csv
 from cxr_ray.split_scores import SplitScores, difference, mean_auroc, score
 from cxr_ray.subgroups import COLUMNS, SubgroupScore, score_subgroup, subgroups
-
-
-@dataclass(frozen=True)
-class Recalibration:
-    """How the probabilities of a finding were changed.
-
-    Attributes
-    ----------
-    calibrator
-        Fitted on the validation split.
-    trained_prevalence, prevalence
-        In the validation split, and as estimated for the split that is scored, from probabilities alone; None without the
-        correction for it.
-    """
-
-    calibrator: Calibrator
-    trained_prevalence: float
-    prevalence: float | None
-
-    def __call__(self, probabilities: np.ndarray) -> np.ndarray:
-        """Changed probabilities, float64."""
-        changed = self.calibrator(probabilities)
-        if self.prevalence is None:
-            return changed
-        return calibration.shifted(changed, self.trained_prevalence, self.prevalence)
 
 
 @dataclass(frozen=True)
@@ -69,7 +45,7 @@ class Evaluation:
     operating: tuple[OperatingPoint, ...]
     subgroups: tuple[SubgroupScore, ...]
     ablations: tuple[AblationScore, ...]
-    recalibrated: tuple[Recalibration, ...]
+    recalibrated: tuple[Calibrator, ...]
     predictions: Predictions
 
     def to_json(self) -> dict[str, object]:
@@ -131,7 +107,6 @@ def evaluate(settings: EvaluateSettings) -> Evaluation:
     others = _other_inputs(settings, bundle, dataset, removed)
     predictions, *ablated = predict_split(settings, bundle, dataset, settings.split, others)
     if changes:
-        changes = _for_this_split(changes, predictions) if settings.prior_shift else changes
         changed = [change(predictions.probabilities[:, k]) for k, change in enumerate(changes)]
         predictions = replace(predictions, probabilities=np.stack(changed, axis=1).astype(np.float32))
     data = (predictions.probabilities, predictions.labels, predictions.patient_keys)
@@ -171,14 +146,17 @@ def _check_fit(settings: EvaluateSettings, bundle: BundleDescription, dataset: D
             f"setting 'tta' is 'ten-crop': a crop of 7/8 of {bundle.input_size} pixels is below the {smallest} that "
             f"{bundle.preset} needs; use flip or none"
         )
+    if settings.scores is not None:
+        filesystem, path = storage.resolve(settings.scores)
+        if filesystem.get_file_info(path).type == fs.FileType.Directory:
+            shown = storage.shown(settings.scores)
+            raise UsageError(f"--scores {shown}: is a folder; name a file, such as {shown.rstrip('/')}/scores.parquet")
     if settings.ablate and (settings.withhold != "nothing" or settings.calibrate != "none"):
         raise UsageError(
             "setting 'ablate' is True beside withhold or calibrate: ablations are of the bundle as it is; leave them out"
         )
     if settings.ablate and bundle.layout.width == 0:
         raise UsageError(f"setting 'ablate' is True: bundle {bundle.name} reads nothing but the image; leave it out")
-    if settings.calibrate == "none" and settings.prior_shift:
-        raise UsageError("setting 'prior_shift' is True without calibrate: it needs probabilities; add --calibrate platt")
     if settings.calibrate != "none" and settings.split == "val":
         raise UsageError(
             f"setting 'calibrate' is {settings.calibrate!r}: it is fitted on split val, which says nothing of itself; "
@@ -186,31 +164,15 @@ def _check_fit(settings: EvaluateSettings, bundle: BundleDescription, dataset: D
         )
 
 
-def _recalibrations(settings: EvaluateSettings, bundle: BundleDescription, dataset: Dataset) -> tuple[Recalibration, ...]:
+def _recalibrations(settings: EvaluateSettings, bundle: BundleDescription, dataset: Dataset) -> tuple[Calibrator, ...]:
     if settings.calibrate == "none":
         return ()
     (held,) = predict_split(settings, bundle, dataset, "val")
-    changes = []
-    for k in range(len(FINDINGS)):
-        known = held.labels[np.isfinite(held.labels[:, k]), k]
-        calibrator = calibration.fit(held.probabilities[:, k], held.labels[:, k], settings.calibrate)
-        changes.append(Recalibration(calibrator, float(known.mean()) if known.size else float("nan"), None))
-    return tuple(changes)
-
-
-def _for_this_split(changes: tuple[Recalibration, ...], predictions: Predictions) -> tuple[Recalibration, ...]:
-    """The same, corrected for how common each finding seems to be in this split; labels are not looked at."""
-    return tuple(
-        replace(change, prevalence=calibration.estimated_prevalence(change(values), change.trained_prevalence))
-        # Without a case in the validation split there is nothing to compare with.
-        if 0 < change.trained_prevalence < 1
-        else change
-        for change, values in zip(changes, predictions.probabilities.T, strict=True)
-    )
+    return tuple(calibration.fit(held.probabilities[:, k], held.labels[:, k], settings.calibrate) for k in range(len(FINDINGS)))
 
 
 def _operating(
-    bundle: BundleDescription, changes: tuple[Recalibration, ...], predictions: Predictions
+    bundle: BundleDescription, changes: tuple[Calibrator, ...], predictions: Predictions
 ) -> tuple[OperatingPoint, ...]:
     points = []
     for k, name in enumerate(FINDINGS):

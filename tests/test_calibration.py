@@ -5,7 +5,7 @@ import pytest
 from sklearn import metrics
 from sklearn.linear_model import LogisticRegression
 
-from cxr_ray.calibration import Calibrator, brier, estimated_prevalence, fit, reliability, shifted
+from cxr_ray.calibration import Calibrator, brier, fit, reliability
 
 NAN = float("nan")
 
@@ -96,27 +96,3 @@ def test_classes_that_are_told_apart_without_error_give_a_finite_calibrator():
 
 def test_probabilities_of_nought_and_one_stay_finite():
     assert np.isfinite(Calibrator(2.0, -1.0)(np.array([0.0, 1.0]))).all()
-
-
-def test_another_prevalence_is_bayes_rule():
-    values = np.array([0.05, 0.3, 0.9])
-    expected = values * 0.4 / 0.1 / (values * 0.4 / 0.1 + (1 - values) * 0.6 / 0.9)
-    np.testing.assert_allclose(shifted(values, 0.1, 0.4), expected)
-    np.testing.assert_allclose(shifted(values, 0.2, 0.2), values)
-
-
-def test_the_prevalence_of_a_population_is_found_without_its_labels():
-    """Scores drawn from two normal distributions: the right probability is known for any prevalence."""
-    generator = np.random.default_rng(0)
-    truth = generator.random(20_000) < 0.4
-    scores = generator.normal(size=20_000) + 2.0 * truth
-    trained = 0.1
-    probabilities = 1 / (1 + np.exp(-(2.0 * scores - 2.0) - np.log(trained / (1 - trained))))
-    assert estimated_prevalence(probabilities, trained) == pytest.approx(truth.mean(), abs=0.01)
-    mended = shifted(probabilities, trained, estimated_prevalence(probabilities, trained))
-    assert reliability(mended, truth.astype(float)).expected_error < 0.02
-    assert reliability(probabilities, truth.astype(float)).expected_error > 0.1
-
-
-def test_a_population_without_a_case_is_not_lost():
-    assert 0 < estimated_prevalence(np.full(1000, 1e-9), 0.1) < 1e-3

@@ -127,19 +127,19 @@ def test_calibration_changes_probabilities_and_not_their_order(evaluation: Evalu
     for before, after, change in zip(
         evaluation.scores.findings, calibrated.scores.findings, calibrated.recalibrated, strict=True
     ):
-        if change.calibrator.slope > 0:
+        if change.slope > 0:
             assert after.auroc.value == pytest.approx(before.auroc.value, abs=1e-3, nan_ok=True)
-    assert any(change.calibrator != Calibrator() for change in calibrated.recalibrated)
+    assert any(change != Calibrator() for change in calibrated.recalibrated)
     # What a threshold finds does not change when it moves with the probabilities.
     for before, after, change in zip(evaluation.operating, calibrated.operating, calibrated.recalibrated, strict=True):
-        if change.calibrator.slope > 0:
+        if change.slope > 0:
             assert after.sensitivity == pytest.approx(before.sensitivity, nan_ok=True)
 
 
 @pytest.mark.parametrize(
     ("changed", "said"),
     [
-        ({"prior_shift": True}, r"setting 'prior_shift' is True without calibrate: .*; add --calibrate platt"),
+        ({"scores": "/tmp"}, r"--scores /tmp: is a folder; name a file, such as /tmp/scores\.parquet"),
         (
             {"ablate": True, "withhold": "clinical"},
             r"setting 'ablate' is True beside withhold or calibrate: .*; leave them out",
