@@ -72,8 +72,9 @@ class AblationScore:
 
 def ablations(layout: ClinicalLayout, *, reads_images: bool) -> list[Ablation]:
     """Those that change anything for a network of this layout."""
-    chosen = [Ablation("no image", None, blank=True)] if reads_images and layout.width else []
+    chosen = []
     if layout.width and reads_images:
+        chosen.append(Ablation("no image", None, blank=True))
         chosen.append(Ablation("no clinical inputs", lambda films, _: withheld(films.inputs)))
     if layout.history:
         chosen += [
@@ -87,8 +88,7 @@ def ablations(layout: ClinicalLayout, *, reads_images: bool) -> list[Ablation]:
 
 def films_of(dataset: Dataset, split: str, layout: ClinicalLayout) -> Films:
     """Read the films of a split, and all visits of their patients in any split."""
-    columns = dict.fromkeys((*_PATIENT_COLUMNS, *clinical_columns(layout.encoding)))
-    table = dataset.read(split, list(columns))
+    table = dataset.read(split, [*_PATIENT_COLUMNS, *clinical_columns(layout.encoding)])
     table = table.take(np.argsort(table["image_id"].to_numpy()))
     visits = _visits(dataset)
     key = [table["patient_key"].to_numpy(), table["visit"].to_numpy()]

@@ -1,69 +1,39 @@
 """A trained model on disk: weights and everything that is needed to use them.
 
-A bundle is a folder of ``model.safetensors``, ``bundle.json`` and ``MODEL_CARD.md``. `bundle.json` holds the SHA-256 of the
-other two and of itself, so that a flipped byte anywhere is noticed. Nothing is unpickled.
+A bundle is a folder of ``model.safetensors``, ``probe.safetensors``, ``bundle.json`` and ``MODEL_CARD.md``. `bundle.json` holds
+the SHA-256 of the weights, of the probe (`cxr_ray.probe`) and of itself, the card that of itself and the bundle it belongs to,
+so that a flipped byte anywhere is noticed. The card can be written again, with the figures of an evaluation, and the bundle
+stays the same. Nothing is unpickled.
 """
 
 import hashlib
-import json
+from collections.abc import Mapping
 from dataclasses import dataclass
 from datetime import UTC, datetime
-from typing import Literal
+from typing import Any
 
 import torch
 from pyarrow import fs
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import ValidationError
 from safetensors import SafetensorError
 from safetensors.torch import load, save
 from torch import nn
 
 from cxr_ray import __version__, presets, storage
+from cxr_ray.bundle_description import BundleDescription
 from cxr_ray.clinical import ClinicalLayout, ClinicalStatistics
 from cxr_ray.errors import CxrRayError
 from cxr_ray.findings import FINDINGS
+from cxr_ray.input_profile import InputProfile
+from cxr_ray.model_card import is_sealed, model_card, seal
 from cxr_ray.pixels import PIXEL_RECIPE
 from cxr_ray.presets.preset import Network, NetworkOptions
+from cxr_ray.probe import Probe, make_probe, read_probe
 
 DESCRIPTION = "bundle.json"
 WEIGHTS = "model.safetensors"
+PROBE = "probe.safetensors"
 CARD = "MODEL_CARD.md"
-
-
-class BundleDescription(BaseModel):
-    """Content of ``bundle.json``.
-
-    `size` is that of the stored squares, `input_size` that of the network's input, which may be smaller. `layout` says which
-    clinical numbers the network reads.
-    `files` maps the other files to their SHA-256; `digest` is the SHA-256 of this description without `digest`, and thereby
-    identifies the whole bundle.
-    """
-
-    model_config = ConfigDict(extra="forbid", frozen=True)
-
-    format_version: Literal[2] = 2
-    name: str
-    version: str
-    created: datetime
-    code_version: str
-    preset: str
-    variant: str
-    layout: ClinicalLayout
-    size: int | None
-    input_size: int | None
-    findings: list[str]
-    statistics: dict[str, object]
-    pixel_recipe: dict[str, object]
-    thresholds: dict[str, float]
-    validation: dict[str, object]
-    settings: dict[str, object]
-    dataset_digest: str
-    files: dict[str, str]
-    digest: str = ""
-
-    def computed_digest(self) -> str:
-        """SHA-256 of the description, its own digest left out."""
-        content = json.dumps(self.model_dump(mode="json", exclude={"digest"}), sort_keys=True, separators=(",", ":"))
-        return hashlib.sha256(content.encode()).hexdigest()
 
 
 @dataclass(frozen=True)
@@ -73,6 +43,7 @@ class Bundle:
     description: BundleDescription
     statistics: ClinicalStatistics
     model: Network
+    probe: Probe
 
     @property
     def layout(self) -> ClinicalLayout:
@@ -94,6 +65,11 @@ class Bundle:
         """Pixels an edge that the network sees; None without images."""
         return self.description.input_size
 
+    @property
+    def training_inputs(self) -> InputProfile:
+        """What the network was shown in training."""
+        return InputProfile.from_json(self.description.training_inputs)
+
 
 def required_size(description: BundleDescription) -> int:
     """Pixels an edge of the stored squares that a bundle's network reads.
@@ -111,14 +87,21 @@ def required_size(description: BundleDescription) -> int:
 def write_bundle(uri: str, model: nn.Module, description: BundleDescription) -> BundleDescription:
     """Write a bundle so that it appears whole or not at all, replacing an earlier one.
 
-    `description.files` and `description.digest` are filled in here.
+    `description.files` and `description.digest` are filled in here, and the probe is made.
+
+    Parameters
+    ----------
+    model
+        On the CPU; in evaluation mode afterwards.
     """
-    weights = save({name: tensor.detach().cpu().contiguous() for name, tensor in model.state_dict().items()})
-    card = model_card(description).encode()
-    described = description.model_copy(
-        update={"files": {WEIGHTS: hashlib.sha256(weights).hexdigest(), CARD: hashlib.sha256(card).hexdigest()}}
-    )
+    files = {
+        WEIGHTS: save({name: tensor.detach().contiguous() for name, tensor in model.state_dict().items()}),
+        PROBE: make_probe(model, description).to_bytes(),
+    }
+    digests = {name: hashlib.sha256(data).hexdigest() for name, data in files.items()}
+    described = description.model_copy(update={"files": digests})
     described = described.model_copy(update={"digest": described.computed_digest()})
+    card = seal(model_card(described), described.digest)
     content = _content(described)
     filesystem, root = storage.resolve(uri)
     # Object stores cannot rename folders: there the description, written last, is what makes the bundle exist.
@@ -127,7 +110,7 @@ def write_bundle(uri: str, model: nn.Module, description: BundleDescription) -> 
     if local and storage.exists(filesystem, target):
         filesystem.delete_dir(target)
     filesystem.create_dir(target, recursive=True)
-    for name, data in ((WEIGHTS, weights), (CARD, card), (DESCRIPTION, content)):
+    for name, data in (*files.items(), (CARD, card), (DESCRIPTION, content)):
         storage.write_atomically(filesystem, f"{target}/{name}", data)
     if local:
         if storage.exists(filesystem, root):
@@ -151,7 +134,7 @@ def read_description(uri: str) -> BundleDescription:
     return _read_verified(uri)[0]
 
 
-def _read_verified(uri: str) -> tuple[BundleDescription, bytes]:
+def _read_verified(uri: str) -> tuple[BundleDescription, dict[str, bytes]]:
     filesystem, root = storage.resolve(uri)
     path = f"{root}/{DESCRIPTION}"
     if not storage.exists(filesystem, path):
@@ -167,13 +150,37 @@ def _read_verified(uri: str) -> tuple[BundleDescription, bytes]:
     # The bytes too: a changed byte may leave the meaning, as 't' for 'T' in a time does.
     if description.computed_digest() != description.digest or content != _content(description):
         raise CxrRayError(f"{path}: was altered (its SHA-256 is not the one it states); copy the bundle again")
-    contents = {name: storage.read_bytes(filesystem, f"{root}/{name}") for name in description.files}
+    if set(description.files) != {WEIGHTS, PROBE}:
+        raise CxrRayError(f"{path}: lists {sorted(description.files)} instead of {WEIGHTS} and {PROBE}; copy the bundle again")
+    files = {}
     for name, digest in description.files.items():
-        if hashlib.sha256(contents[name]).hexdigest() != digest:
+        files[name] = storage.read_bytes(filesystem, f"{root}/{name}")
+        if hashlib.sha256(files[name]).hexdigest() != digest:
             raise CxrRayError(f"{root}/{name}: was altered (SHA-256 is not {digest[:12]}…); copy the bundle again")
-    if set(description.files) != {WEIGHTS, CARD}:
-        raise CxrRayError(f"{path}: lists {sorted(description.files)} instead of {WEIGHTS}, {CARD}; copy the bundle again")
-    return description, contents[WEIGHTS]
+    if not is_sealed(storage.read_bytes(filesystem, f"{root}/{CARD}"), description.digest):
+        raise CxrRayError(f"{root}/{CARD}: was altered, or is of another bundle; copy the bundle again")
+    return description, files
+
+
+def write_card(uri: str, evaluation: Mapping[str, Any]) -> None:
+    """Write a bundle's model card again, with the figures of an evaluation; nothing else of the bundle changes.
+
+    Parameters
+    ----------
+    evaluation
+        As ``evaluation.json`` has it.
+
+    Raises
+    ------
+    CxrRayError
+        If the evaluation is of another bundle, or the bundle is unusable.
+    """
+    description = read_description(uri)
+    judged = evaluation["bundle"]["digest"]
+    if judged != description.digest:
+        raise CxrRayError(f"{storage.shown(uri)}: is not the bundle {judged[:12]}… that was evaluated; evaluate this one")
+    filesystem, root = storage.resolve(uri)
+    storage.write_atomically(filesystem, f"{root}/{CARD}", seal(model_card(description, evaluation), description.digest))
 
 
 def load_bundle(uri: str) -> Bundle:
@@ -184,7 +191,7 @@ def load_bundle(uri: str) -> Bundle:
     CxrRayError
         If a file is absent or altered, a tensor's shape does not fit, a weight is not finite, or the findings differ.
     """
-    description, weights = _read_verified(uri)
+    description, files = _read_verified(uri)
     shown = storage.shown(uri)
     if tuple(description.findings) != FINDINGS:
         raise CxrRayError(f"{shown}: was trained on other findings ({', '.join(description.findings)}); train again")
@@ -192,14 +199,16 @@ def load_bundle(uri: str) -> Bundle:
         raise CxrRayError(f"{shown}: was trained on pixels of another recipe; use the release that wrote it or train again")
     model = presets.build(description.preset, NetworkOptions(description.layout, description.variant))
     try:
-        state = load(weights)
+        state = load(files[WEIGHTS])
         model.load_state_dict(state)
     except (SafetensorError, RuntimeError) as error:
         raise CxrRayError(f"{shown}/{WEIGHTS}: does not fit preset {description.preset} ({str(error)[:200]!r})") from None
     for name, tensor in state.items():
         if not torch.isfinite(tensor).all():
             raise CxrRayError(f"{shown}/{WEIGHTS}: {name} holds values that are not finite; train again with a smaller rate")
-    return Bundle(description, ClinicalStatistics.from_json(description.statistics), model.eval())
+    InputProfile.from_json(description.training_inputs)
+    probe = read_probe(files[PROBE], description, f"{shown}/{PROBE}")
+    return Bundle(description, ClinicalStatistics.from_json(description.statistics), model.eval(), probe)
 
 
 def describe(
@@ -209,7 +218,9 @@ def describe(
     size: int | None,
     input_size: int | None,
     statistics: dict[str, object],
+    training_inputs: InputProfile,
     thresholds: dict[str, float],
+    other_thresholds: dict[str, dict[str, float]],
     validation: dict[str, object],
     settings: dict[str, object],
     dataset_digest: str,
@@ -228,51 +239,12 @@ def describe(
         input_size=input_size,
         findings=list(FINDINGS),
         statistics=statistics,
+        training_inputs=training_inputs.to_json(),
         pixel_recipe=PIXEL_RECIPE,
         thresholds=thresholds,
+        other_thresholds=other_thresholds,
         validation=validation,
         settings=settings,
         dataset_digest=dataset_digest,
         files={},
     )
-
-
-def inputs_in_words(description: BundleDescription) -> str:
-    """What the network of a bundle reads."""
-    layout = description.layout
-    read = []
-    if description.input_size is not None:
-        read.append(f"image of {description.input_size} x {description.input_size} pixels")
-    if layout.meta:
-        read.append("age, sex, view")
-    if layout.history:
-        read.append("findings of earlier visits")
-    numbers = f" ({layout.width} clinical numbers, {layout.encoding} encoding)" if layout.width else ""
-    return f"{', '.join(read)}{numbers}"
-
-
-def _variant(description: BundleDescription) -> str:
-    return "" if description.variant == "default" else f", variant {description.variant}"
-
-
-def model_card(description: BundleDescription) -> str:
-    """The model card: what the network is, what it was trained on and what it must not be used for."""
-    preset = presets.find(description.preset)
-    rows = "\n".join(f"| {name} | {value:.4f} |" for name, value in description.thresholds.items())
-    return f"""# Model card: {description.name} {description.version}
-
-- Network: preset `{preset.name}`{_variant(description)} ({preset.source})
-- Inputs: {inputs_in_words(description)}
-- Assumed where the source is silent: {"; ".join(preset.assumed)}
-- Trained with cxr-ray {description.code_version} on the dataset with manifest SHA-256 `{description.dataset_digest}`
-- Mean AUC on the validation split: {description.validation.get("auc", float("nan")):.4f}
-
-**Not a medical device.** Research use only; every result needs a radiologist. The labels of ChestX-ray14 were mined from
-reports, and part of what the history adds is that a report repeats the one before.
-
-## Operating thresholds (largest sensitivity + specificity on validation)
-
-| finding | probability |
-|---|---|
-{rows}
-"""

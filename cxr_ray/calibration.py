@@ -104,6 +104,20 @@ def fit(probabilities: np.ndarray, labels: np.ndarray, method: Calibration) -> C
     return Calibrator(float(weights[0]), float(weights[1]) if method == "platt" else 0.0)
 
 
+def for_prevalence(calibrator: Calibrator, fitted: float, expected: float) -> Calibrator:
+    """The calibrator where the finding is more or less common than in the split that it was fitted on (Elkan 2001).
+
+    Parameters
+    ----------
+    fitted, expected
+        Share of positives there and here, between 0 and 1; where either is 0 or 1 nothing is changed.
+    """
+    if not (0 < fitted < 1 and 0 < expected < 1):
+        return calibrator
+    shift = np.log(expected / (1 - expected)) - np.log(fitted / (1 - fitted))
+    return Calibrator(calibrator.slope, calibrator.intercept + float(shift))
+
+
 def _log_odds(probabilities: np.ndarray) -> np.ndarray:
     held = np.clip(probabilities.astype(np.float64), _CLOSEST, 1 - _CLOSEST)
     return np.log(held) - np.log1p(-held)

@@ -8,6 +8,7 @@ import typer
 
 from cxr_ray import storage
 from cxr_ray.dataset import Dataset
+from cxr_ray.errors import UsageError
 from cxr_ray.evaluate_settings import EvaluateSettings
 from cxr_ray.options import settings_command
 from cxr_ray.progress import ProgressReport
@@ -46,9 +47,9 @@ def _train(settings: TrainSettings, json: bool) -> None:
 
 def _evaluate(settings: EvaluateSettings, json: bool) -> None:
     from cxr_ray.bundle import read_description  # noqa: PLC0415
+    from cxr_ray.completeness import comparable  # noqa: PLC0415
     from cxr_ray.evaluation import evaluate as evaluate_bundle  # noqa: PLC0415
-    from cxr_ray.presets import find  # noqa: PLC0415
-    from cxr_ray.report import ablations_table, scores_table, subgroups_table  # noqa: PLC0415
+    from cxr_ray.report import ablations_table, history_table, localisation_table, scores_table, subgroups_table  # noqa: PLC0415
 
     print_settings("evaluate", settings)
     # Before Ray is started, as above.
@@ -59,18 +60,22 @@ def _evaluate(settings: EvaluateSettings, json: bool) -> None:
     if json:
         print_json(evaluation.to_json())
         return
-    without = ", clinical inputs withheld" if settings.withhold == "clinical" else ""
-    scores = evaluation.scores
-    title = f"{evaluation.bundle.name} on {settings.split}: {scores.images:,} images of {scores.patients:,} patients{without}"
-    published = find(evaluation.bundle.preset).published[:1] if _is_official_test(settings.split, scores.images) else ()
-    console.print(scores_table(title, scores, published[0].auc if published else None))
+    published = comparable(evaluation.bundle, evaluation.extent)
+    console.print(scores_table(evaluation.title_in_lines, evaluation.scores, published.auc if published else None))
     if evaluation.subgroups:
         console.print(subgroups_table(f"Subgroups of {settings.split}: mean AUC", evaluation.subgroups))
     if evaluation.ablations:
-        console.print(ablations_table(f"Ablations on {settings.split}: mean AUC", scores.auroc, evaluation.ablations))
+        console.print(
+            ablations_table(f"Ablations on {settings.split}: mean AUC", evaluation.scores.auroc, evaluation.ablations)
+        )
+    if evaluation.history is not None:
+        console.print(history_table("Mean AUC with earlier reports missing", evaluation.history))
+    if evaluation.localisation is not None:
+        console.print(localisation_table("Radiologists' boxes that hold their heatmap's maximum", evaluation.localisation))
     if settings.out is not None:
-        tables = ["findings.csv"] + ["subgroups.csv"] * settings.subgroups + ["ablations.csv"] * settings.ablate
-        console.print(f"written to {storage.shown(settings.out)}: evaluation.json, {', '.join(tables)}, roc.png")
+        console.print(f"written to {storage.shown(settings.out)}: report.html, evaluation.json, tables as CSV, roc.png")
+    if settings.card:
+        console.print(f"written: the model card of {storage.shown(settings.bundle)}")
     if settings.scores is not None:
         console.print(f"written: {storage.shown(settings.scores)}")
 
@@ -105,14 +110,6 @@ def _trials_table(trials: "list[Trial]") -> object:
     return shown
 
 
-OFFICIAL_TEST_IMAGES = 25_596
-
-
-def _is_official_test(split: str, images: int) -> bool:
-    """Published figures stand beside ours only where both were taken on the whole official test split."""
-    return split == "test" and images == OFFICIAL_TEST_IMAGES
-
-
 train = settings_command(TrainSettings, _train, "Train a preset on a dataset with Ray Train; the result is a bundle.")
 tune = settings_command(
     TuneSettings, _tune, "Search for good training settings with Ray Tune: start trainings, stop the poor ones early (ASHA)."
@@ -122,7 +119,7 @@ evaluate = settings_command(
     _evaluate,
     "Score a bundle on the untouched test split: AUC a finding and mean, with patient-clustered intervals.",
 )
-bundle = command_group("Look at a bundle.")
+bundle = command_group("Look at a bundle, or export it.")
 
 BundleUri = Annotated[str, typer.Argument(help="Folder or URI of the bundle.")]
 
@@ -141,12 +138,10 @@ def show(uri: BundleUri, json: Json = False) -> None:
 
 def _bundle_table(description: "BundleDescription") -> object:
     shown = table(f"{description.name} {description.version}", [("", False), ("", False)])
-    from cxr_ray.bundle import inputs_in_words  # noqa: PLC0415
-
     for name, value in (
         ("digest", description.digest),
         ("created", f"{description.created:%Y-%m-%d %H:%M} UTC"),
-        ("inputs", inputs_in_words(description)),
+        ("inputs", description.inputs_in_words()),
         ("validation AUC", f"{description.validation.get('auc', float('nan')):.3f}"),
         ("dataset manifest", description.dataset_digest),
         ("thresholds", ", ".join(f"{name} {value:.3f}" for name, value in description.thresholds.items())),
@@ -162,3 +157,26 @@ def verify(uri: BundleUri) -> None:
 
     description = load_bundle(uri).description
     console.print(f"{storage.shown(uri)}: intact, {description.name} {description.version}, digest {description.digest}")
+
+
+@bundle.command()
+def export(
+    uri: BundleUri,
+    form: Annotated[str, typer.Option("--format", help="onnx, openvino or torch-export.")],
+    out: Annotated[str, typer.Option(help="Folder or URI that the model and its export.json are written to.")],
+    json: Json = False,
+) -> None:
+    """Write a bundle's network for other runtimes, once it has given the same answers there."""
+    from cxr_ray.bundle import load_bundle  # noqa: PLC0415
+    from cxr_ray.export import FORMATS  # noqa: PLC0415
+    from cxr_ray.export import export as export_bundle  # noqa: PLC0415
+
+    if form not in FORMATS:
+        raise UsageError(f"format {form!r} is not known; use one of: {', '.join(FORMATS)}")
+    loaded = load_bundle(uri)
+    exported = export_bundle(loaded, form, out)
+    if json:
+        print_json({"out": storage.shown(out), "files": exported.files, "largest_difference": exported.difference})
+        return
+    console.print(f"written to {storage.shown(out)}: {', '.join(exported.files)}")
+    console.print(f"its answers to the bundle's probe differ by {exported.difference:.2g} at most")

@@ -14,12 +14,17 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "train": ("cxr_ray.cli:train", "Train a preset on a dataset; the result is a bundle"),
     "tune": ("cxr_ray.cli:tune", "Search for good training settings: trainings side by side, poor ones stopped early"),
     "evaluate": ("cxr_ray.cli:evaluate", "Score a bundle on a dataset's test split"),
+    "compare": ("cxr_ray.compare_cli:compare", "Train several presets, score them on the same images: the table of a paper"),
     "presets": ("cxr_ray.preset_cli:presets", "List the networks and what was published about them"),
-    "bundle": ("cxr_ray.cli:bundle", "Look at a bundle (show, verify)"),
+    "bundle": ("cxr_ray.cli:bundle", "Look at a bundle, or export it (show, verify, export)"),
+    "predict": ("serve.predict_cli:predict", "Answer a folder of images at once; the result is a Parquet file"),
     "serve": ("serve.cli:serve", "Answer over HTTP; with --with-node also over DICOM"),
     "listen": ("serve.cli:listen", "Receive studies by C-STORE and send them to a running service"),
     "deadletter": ("serve.cli:deadletter", "Instances that got no answer, and why (list, replay)"),
-    "submit": ("cluster.cli:submit", "Run ingest, train or evaluate as a job on a Ray cluster"),
+    "token": ("serve.token_cli:app", "Bearer tokens of the service (add, list, revoke)"),
+    "history": ("serve.history_cli:app", "What is known of patients' earlier visits (import, show)"),
+    "audit": ("serve.audit_cli:audit", "Who read or changed which study"),
+    "submit": ("cluster.cli:submit", "Run ingest, train, evaluate or predict as a job on a Ray cluster"),
 }
 HELP_FLAGS = ("--help", "-h")
 

@@ -31,7 +31,8 @@ class Areas:
         covariance = self.covariance
         variance = covariance[first, first] + covariance[second, second] - 2 * covariance[first, second]
         value, deviation = float(self.aurocs[first] - self.aurocs[second]), math.sqrt(max(float(variance), 0.0))
-        z = value / deviation if deviation > 0 else math.copysign(math.inf, value) if value else 0.0
+        # A variance of NaN (positives of a single patient) makes z and p NaN as well.
+        z = value / deviation if deviation != 0 else math.copysign(math.inf, value) if value else 0.0
         spread = _NORMAL_95 * deviation
         return Difference(Interval(value, value - spread, value + spread), z, math.erfc(abs(z) / math.sqrt(2)))
 

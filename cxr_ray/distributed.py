@@ -13,15 +13,19 @@ from collections.abc import Callable, Iterator
 from dataclasses import asdict
 from pathlib import Path
 
+import numpy as np
 import ray.train
+import torch
 from ray.train import CheckpointConfig, FailureConfig, RunConfig, ScalingConfig
 from ray.train.torch import TorchTrainer
 from ray.util.queue import Empty, Queue
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+from safetensors.torch import load, save
 
 from cxr_ray import presets, storage
+from cxr_ray.boosting import grow_forest
 from cxr_ray.bundle import BundleDescription, describe, read_description, write_bundle
-from cxr_ray.clinical import ClinicalStatistics, fit_statistics
+from cxr_ray.clinical import ClinicalInputs, ClinicalStatistics, encode, fit_statistics, partly_withheld
 from cxr_ray.dataset import Dataset
 from cxr_ray.errors import CxrRayError
 from cxr_ray.losses import class_weights, prior_log_odds
@@ -38,10 +42,12 @@ from cxr_ray.train_events import TrainEvent
 from cxr_ray.train_settings import TrainSettings
 from cxr_ray.train_state import VALIDATION, judged
 from cxr_ray.train_worker import WorkerTask, train_worker
+from cxr_ray.training_inputs import training_inputs
 from cxr_ray.training_picture import training_picture
 
 BUNDLE = "bundle"
 PICTURE = "training.png"
+FOREST = "forest.safetensors"
 _RUN_NAME = "train"
 _SECONDS_TO_PLACE = 30.0
 
@@ -96,7 +102,8 @@ def _with_absolute_paths(settings: TrainSettings) -> TrainSettings:
 def _task(settings: TrainSettings, dataset: Dataset, network: NetworkOptions) -> tuple[WorkerTask, ClinicalStatistics]:
     layout = network.layout
     metadata = dataset.read("train", [*clinical_columns(layout.encoding), "labels"])
-    statistics = fit_statistics(clinical_inputs(metadata, layout.encoding))
+    inputs = clinical_inputs(metadata, layout.encoding)
+    statistics = fit_statistics(inputs)
     labels = from_fixed_lists(metadata["labels"])
     size = dataset.require_pixels() if presets.find(settings.preset).reads_images else None
     train_reader, val_reader = (
@@ -112,9 +119,34 @@ def _task(settings: TrainSettings, dataset: Dataset, network: NetworkOptions) ->
         val_images=dataset.split("val").images,
         weights=class_weights(labels, settings.weight_cap),
         prior=prior_log_odds(labels) if settings.prior_bias else None,
+        forest=_forest(settings, network, inputs, statistics, labels),
         events=_queue_beside_the_driver(),
     )
     return task, statistics
+
+
+def _forest(
+    settings: TrainSettings,
+    network: NetworkOptions,
+    inputs: ClinicalInputs,
+    statistics: ClinicalStatistics,
+    labels: np.ndarray,
+) -> dict[str, torch.Tensor]:
+    """The trees of a network that has some, from the run's folder where they were grown before."""
+    # Only asked whether it has trees and of what size: nothing of it is held.
+    with torch.device("meta"):
+        forest = presets.build(settings.preset, network).trees()
+    if forest is None:
+        return {}
+    filesystem, root = storage.resolve(settings.out)
+    path = f"{root}/{FOREST}"
+    if settings.resume and storage.exists(filesystem, path):
+        return load(storage.read_bytes(filesystem, path))
+    if settings.withhold:
+        inputs = partly_withheld(inputs, settings.withhold, np.random.default_rng(settings.seed))
+    state = grow_forest(forest, encode(inputs, statistics, network.layout), labels, settings.seed)
+    storage.write_atomically(filesystem, path, save(state))
+    return state
 
 
 def _queue_beside_the_driver() -> Queue:
@@ -270,6 +302,7 @@ def _write_best(
     with checkpoint.as_directory() as folder:
         validation = json.loads((Path(folder) / VALIDATION).read_text())
         thresholds = validation.pop("thresholds")
+        chosen = thresholds.pop("youden")
         if settings.resume and (finished := _bundle_of(uri, validation, dataset)) is not None:
             return finished
         size = dataset.require_pixels() if presets.find(settings.preset).reads_images else None
@@ -279,7 +312,9 @@ def _write_best(
             size=size,
             input_size=settings.input_size or size,
             statistics=asdict(statistics),
-            thresholds=thresholds,
+            training_inputs=training_inputs(dataset, network.layout.encoding, with_films=size is not None),
+            thresholds=chosen,
+            other_thresholds=thresholds,
             validation=validation,
             settings=without_credentials(settings).model_dump(mode="json"),
             dataset_digest=dataset.digest,

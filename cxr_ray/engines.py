@@ -1,18 +1,51 @@
-"""Engines: what runs a bundle's network on a batch."""
+"""Engines: what runs a bundle's network on a batch, and which of them is opened.
 
-from typing import Protocol
+PyTorch computes everything, on GPUs too. On a CPU OpenVINO computes the networks that read images faster, and in bfloat16
+where the processor has it. None is believed: each is first asked the bundle's probe, whose answers were written when the bundle
+was. `open_engine` takes the fastest that gives them, and hands it over warm.
+"""
+
+import logging
+from collections.abc import Iterator
+from typing import Literal, Protocol
 
 import numpy as np
 import torch
 
-from cxr_ray import clinical
+from cxr_ray import clinical, openvino_engine
 from cxr_ray.bundle import Bundle
+from cxr_ray.errors import CxrRayError, UsageError
+from cxr_ray.openvino_engine import OpenVinoEngine
+from cxr_ray.probe import TOLERANCE
+from cxr_ray.torch_engine import TorchEngine
 from cxr_ray.train_settings import Views
-from cxr_ray.training import probabilities
+
+EngineName = Literal["auto", "torch", "openvino"]
+_log = logging.getLogger(__name__)
 
 
 class Engine(Protocol):
-    """Runs the network of one bundle."""
+    """Runs the network of one bundle.
+
+    Attributes
+    ----------
+    warnings
+        Why faster engines or arithmetic were not taken; empty where nothing went wrong.
+    """
+
+    warnings: tuple[str, ...]
+
+    @property
+    def name(self) -> str:
+        """The engine, "torch" or "openvino"."""
+
+    @property
+    def precision(self) -> str:
+        """The arithmetic, "float32" or "bf16"."""
+
+    @property
+    def device(self) -> str:
+        """What computes, and in which arithmetic."""
 
     def predict(self, pixels: np.ndarray, inputs: clinical.ClinicalInputs) -> np.ndarray:
         """Probabilities of radiographs.
@@ -30,32 +63,98 @@ class Engine(Protocol):
             float32, shape (N, 14), NIH order.
         """
 
+    def warm_up(self, batch_size: int) -> None:
+        """Pay now for what the first batches of up to so many images would have to wait for."""
 
-class TorchEngine:
-    """PyTorch on a GPU in bfloat16 where there is one, else on the CPU in float32.
+
+# An engine and its arithmetic.
+Candidate = tuple[type[OpenVinoEngine] | type[TorchEngine], str]
+
+
+def open_engine(
+    bundle: Bundle, name: EngineName = "auto", *, threads: int | None = None, tta: Views = "none", batch_size: int = 16
+) -> Engine:
+    """The engine for a bundle: the fastest that answers its probe within `TOLERANCE`, warm.
 
     Parameters
     ----------
+    name
+        "auto" chooses among all; an engine that is named is opened or refused.
     threads
-        CPU threads of this process; None leaves torch's own choice.
+        CPU threads of this process; None for as many as there are CPUs.
     tta
-        Views of each image that are averaged.
+        Views of each image that are averaged; only torch computes more than one.
+    batch_size
+        Images that will be asked for at once, at most: no such batch has to wait for a compilation.
+
+    Returns
+    -------
+    Engine
+        What was refused on the way is in its `warnings`, and logged.
+
+    Raises
+    ------
+    UsageError
+        If the engine that is named does not compute this network, or these views.
+    CxrRayError
+        If no engine, or not the one that is named, gives the answers of the probe.
     """
+    if threads is not None:
+        # Whichever engine is taken: heatmaps are torch's.
+        torch.set_num_threads(threads)
+    reason = _openvino_cannot(bundle, tta)
+    if name == "openvino" and reason:
+        raise UsageError(f"engine 'openvino' does not compute bundle {bundle.description.name}: {reason}; use engine torch")
+    refused: list[str] = []
+    for kind, precision in _candidates(name, with_openvino=reason is None):
+        try:
+            engine: Engine = kind(bundle, threads=threads, precision=precision)
+            check(engine, bundle)
+        except CxrRayError as error:
+            _log.warning("%s", error)
+            refused.append(str(error))
+            continue
+        if tta != "none":
+            engine = TorchEngine(bundle, threads=threads, tta=tta, precision=engine.precision)
+        engine.warnings = tuple(refused)
+        engine.warm_up(batch_size)
+        return engine
+    raise CxrRayError(refused[-1])
 
-    def __init__(self, bundle: Bundle, *, threads: int | None = None, tta: Views = "none") -> None:
-        if threads is not None:
-            torch.set_num_threads(threads)
-        self._device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-        self._precision = "bf16" if self._device.type == "cuda" else "float32"
-        self._model = bundle.model.to(self._device)
-        self._statistics = bundle.statistics
-        self._layout = bundle.layout
-        self._input_size = bundle.input_size
-        self._tta: Views = tta
 
-    def predict(self, pixels: np.ndarray, inputs: clinical.ClinicalInputs) -> np.ndarray:
-        """See `Engine.predict`."""
-        encoded = torch.from_numpy(clinical.encode(inputs, self._statistics, self._layout)).to(self._device)
-        squares = torch.from_numpy(np.array(pixels)).to(self._device)
-        predicted = probabilities(self._model, squares, encoded, self._precision, size=self._input_size, tta=self._tta)
-        return predicted.cpu().numpy()
+def check(engine: Engine, bundle: Bundle) -> float:
+    """The largest difference between an engine's answers to the bundle's probe and those that the bundle holds.
+
+    Raises
+    ------
+    CxrRayError
+        If it is above `TOLERANCE`.
+    """
+    probe = bundle.probe
+    difference = probe.largest_difference(engine.predict(probe.pixels, probe.inputs))
+    if difference > TOLERANCE:
+        raise CxrRayError(
+            f"bundle {bundle.description.name} {bundle.description.version}: {engine.name} in {engine.precision} answers its "
+            f"probe with a difference of up to {difference:.3f}, and {TOLERANCE} is allowed; use another engine, or train again"
+        )
+    return difference
+
+
+def _openvino_cannot(bundle: Bundle, tta: Views) -> str | None:
+    """Why a bundle is torch's alone; None where it is not."""
+    if bundle.description.size is None:
+        return "it reads no image"
+    if bundle.model.trees() is not None:
+        return "it has boosted trees"
+    return None if tta == "none" else f"views {tta!r} are to be averaged"
+
+
+def _candidates(name: EngineName, *, with_openvino: bool) -> Iterator[Candidate]:
+    """What may be taken, the fastest first."""
+    on_gpu = torch.cuda.is_available()
+    if name == "openvino" or (name == "auto" and with_openvino and not on_gpu):
+        yield from ((OpenVinoEngine, precision) for precision in openvino_engine.precisions())
+    if name != "openvino":
+        if on_gpu and torch.cuda.is_bf16_supported(including_emulation=False):
+            yield TorchEngine, "bf16"
+        yield TorchEngine, "float32"

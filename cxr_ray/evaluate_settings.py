@@ -18,7 +18,7 @@ class EvaluateSettings(Settings):
     data: str = Field(description="Folder or URI of the dataset.")
     split: Literal["train", "val", "test"] = Field("test", description="Split to score.")
     out: str | None = Field(
-        None, description="Folder or URI for evaluation.json, findings.csv and roc.png; none are written without it."
+        None, description="Folder or URI for report.html, evaluation.json and tables as CSV; none are written without it."
     )
     scores: str | None = Field(
         None, description="Parquet file for image_id, finding, probability and label, a row each; none without it."
@@ -34,6 +34,22 @@ class EvaluateSettings(Settings):
     calibrate: Calibration = Field(
         "none", description="Recalibration of the probabilities, fitted on the validation split: temperature or platt."
     )
+    prevalence: str | None = Field(
+        None,
+        description="CSV with the columns finding and prevalence: shares of positives to correct the probabilities for, with "
+        "calibrate; those of the validation split if not given.",
+    )
+    history_curves: bool = Field(
+        default=False,
+        description="Score with a growing share of earlier reports missing, untold or replaced by the network's own answers.",
+    )
+    cases: int = Field(
+        3, ge=0, le=20, description="Films shown in the report for each reason, with heatmaps; 0 for a report without films."
+    )
+    boxes: str | None = Field(
+        None, description="Radiologists' boxes in the layout of NIH's BBox_List_2017.csv, to judge heatmaps by."
+    )
+    card: bool = Field(default=False, description="Write the bundle's model card again, with these figures.")
     resamples: int = Field(1000, ge=100, le=100_000, description="Bootstrap resamples of patients.")
     batch_size: int = Field(64, ge=1, description="Images a forward pass.")
     workers: int = Field(1, ge=1, description="Processes that run the network.")

@@ -162,20 +162,37 @@ def stored_square(grey: Greyscale, size: int, name: str = "image") -> np.ndarray
     UnusableImage
         If the image shows a single value only.
     """
+    return _drawn(grey, size, size, name)
+
+
+def film(grey: Greyscale, longest: int, name: str = "image") -> np.ndarray:
+    """A radiograph as people look at it: uint8, shape (height, width), air dark, its longer edge at most `longest` pixels.
+
+    Raises
+    ------
+    UnusableImage
+        If the image shows a single value only.
+    """
+    height, width = grey.values.shape
+    shrink = min(1.0, longest / max(height, width))
+    return _drawn(grey, max(1, round(width * shrink)), max(1, round(height * shrink)), name)
+
+
+def _drawn(grey: Greyscale, width: int, height: int, name: str) -> np.ndarray:
     values = grey.values
     least, most = values.min(), values.max()
     if grey.white <= grey.black or least == most:
         raise UnusableImage(f"{name}: every pixel has the value {values.flat[0]}; send an exposed radiograph")
     shown, white = _clipped(grey, least, most)
-    shrinking = values.shape[0] >= size and values.shape[1] >= size
-    square = cv2.resize(shown, (size, size), interpolation=cv2.INTER_AREA if shrinking else cv2.INTER_LINEAR)
-    if square.dtype != np.uint8:
-        scaled = square.astype(np.float32) * np.float32(255 / white)
-        square = np.rint(np.clip(scaled, 0, 255)).astype(np.uint8)
-    if square.min() == square.max():
+    shrinking = values.shape[0] >= height and values.shape[1] >= width
+    drawn = cv2.resize(shown, (width, height), interpolation=cv2.INTER_AREA if shrinking else cv2.INTER_LINEAR)
+    if drawn.dtype != np.uint8:
+        scaled = drawn.astype(np.float32) * np.float32(255 / white)
+        drawn = np.rint(np.clip(scaled, 0, 255)).astype(np.uint8)
+    if drawn.min() == drawn.max():
         span = f"{grey.black:g} to {grey.white:g}"
-        raise UnusableImage(f"{name}: showing {span} leaves a single grey ({square.flat[0]}); correct its window")
-    return square
+        raise UnusableImage(f"{name}: showing {span} leaves a single grey ({drawn.flat[0]}); correct its window")
+    return drawn
 
 
 def _clipped(grey: Greyscale, least: float, most: float) -> tuple[np.ndarray, float]:

@@ -3,6 +3,7 @@
 The split has to be complete: every row that the manifest counts is scored exactly once, or there are no predictions at all.
 """
 
+import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
@@ -15,23 +16,52 @@ from cxr_ray.bundle import BundleDescription, load_bundle
 from cxr_ray.clinical import ClinicalInputs, Encoding, withheld
 from cxr_ray.cpus import available_cpus
 from cxr_ray.dataset import Dataset
-from cxr_ray.engines import TorchEngine
 from cxr_ray.errors import CxrRayError
 from cxr_ray.evaluate_settings import EvaluateSettings
 from cxr_ray.findings import FINDINGS
 from cxr_ray.progress import ProgressReport
 from cxr_ray.records import clinical_columns, clinical_inputs, fixed_lists, from_fixed_lists, pixel_array
+from cxr_ray.torch_engine import TorchEngine
 from cxr_ray.train_settings import Views
+
+_SECONDS, _DEVICE = "seconds", "device"
+
+
+@dataclass(frozen=True)
+class Speed:
+    """How fast one process ran the network while it scored.
+
+    From stored pixels and clinical values in memory to probabilities in memory: encoding, both ways between processor and GPU,
+    and the network. Loading it and reading the data are not included, nor is the first batch of each process.
+
+    Attributes
+    ----------
+    batch_size
+        Images a forward pass; the last one may have fewer.
+    device
+        What computed, and in which arithmetic.
+    """
+
+    images_per_second: float
+    batch_size: int
+    device: str
 
 
 @dataclass(frozen=True)
 class Predictions:
-    """Scores of a split: probabilities float32 (N, 14), labels float32 (N, 14) with NaN for unknown, ids and patients (N,)."""
+    """Scores of a split: probabilities float32 (N, 14), labels float32 (N, 14) with NaN for unknown, ids and patients (N,).
+
+    Attributes
+    ----------
+    speed
+        None where it was not measured, as by a process that scored a single batch.
+    """
 
     image_ids: np.ndarray
     patient_keys: np.ndarray
     probabilities: np.ndarray
     labels: np.ndarray
+    speed: Speed | None = None
 
     def as_table(self) -> pa.Table:
         """One row an image and finding: image_id, finding, probability, label (null where unknown)."""
@@ -108,7 +138,20 @@ def predict_split(
     order = np.argsort(image_ids)
     patient_keys, labels = table["patient_key"].to_numpy()[order], from_fixed_lists(table["labels"])[order]
     scored = [from_fixed_lists(table[_column(number)])[order] for number in range(1 + len(others))]
-    return [Predictions(image_ids[order], patient_keys, probabilities, labels) for probabilities in scored]
+    speed = _speed(table, settings.batch_size)
+    return [
+        Predictions(image_ids[order], patient_keys, probabilities, labels, None if number else speed)
+        for number, probabilities in enumerate(scored)
+    ]
+
+
+def _speed(table: pa.Table, batch_size: int) -> Speed | None:
+    seconds = table[_SECONDS].to_numpy()
+    timed = np.isfinite(seconds)
+    if not timed.any():
+        return None
+    devices = ", ".join(sorted(set(table[_DEVICE].to_pylist())))
+    return Speed(float(timed.sum() / seconds[timed].sum()), batch_size, devices)
 
 
 def _column(number: int) -> str:
@@ -116,7 +159,7 @@ def _column(number: int) -> str:
 
 
 @lru_cache(maxsize=1)
-def _engine(uri: str, threads: int | None, tta: Views) -> TorchEngine:
+def engine_of(uri: str, threads: int | None, tta: Views) -> TorchEngine:
     """The network, loaded once in each process of the pool."""
     return TorchEngine(load_bundle(uri), threads=threads, tta=tta)
 
@@ -127,9 +170,16 @@ def _predict(batch: pa.Table, settings: EvaluateSettings, encoding: Encoding, ot
         inputs = withheld(inputs)
     threads = None if settings.gpu else max(1, available_cpus() // settings.workers)
     pixels = pixel_array(batch["pixels"]) if "pixels" in batch.column_names else np.empty((len(inputs), 0, 0), dtype=np.uint8)
-    engine = _engine(settings.bundle, threads, settings.tta)
+    loaded = engine_of.cache_info().misses
+    engine = engine_of(settings.bundle, threads, settings.tta)
+    first = engine_of.cache_info().misses > loaded
+    begun = time.perf_counter()
+    probabilities = engine.predict(pixels, inputs)
+    seconds = np.nan if first else (time.perf_counter() - begun) / len(inputs)
     scored = batch.select(["image_id", "patient_key", "labels"])
-    scored = scored.append_column(_column(0), fixed_lists(engine.predict(pixels, inputs)))
+    scored = scored.append_column(_column(0), fixed_lists(probabilities))
+    scored = scored.append_column(_SECONDS, pa.array(np.full(len(inputs), seconds)))
+    scored = scored.append_column(_DEVICE, pa.array([engine.device] * len(inputs)))
     for number, given in enumerate(ray.get(others), start=1):
         rows = np.searchsorted(given.image_ids, batch["image_id"].to_numpy())
         shown = _mean_grey(pixels) if given.blank else pixels

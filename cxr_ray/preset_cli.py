@@ -5,16 +5,11 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 from rich.table import Table
 
+from cxr_ray.preset_words import explained, inputs_read, mark, published_as_json
 from cxr_ray.terminal import console, print_json, single_command, table
 
 if TYPE_CHECKING:
     from cxr_ray.presets.preset import Preset, Published
-
-_MEAN_ONLY, _UNVERIFIED = "*", "**"
-_LEGEND = {
-    _MEAN_ONLY: "the mean was read in a public source; the findings are quoted from memory of the paper: check them there",
-    _UNVERIFIED: "quoted from memory of the paper: check it there before you print it",
-}
 
 
 def _presets(
@@ -50,36 +45,23 @@ def _overview(listed: "list[Preset]") -> Table:
 
 
 def _reads(preset: "Preset") -> str:
-    parts = ["image"] if preset.reads_images else []
-    parts += ["age, sex, view"] if preset.layout.meta else []
-    parts += [f"history ({preset.layout.encoding})"] if preset.layout.history else []
-    return ", ".join(parts)
+    return inputs_read("image" if preset.reads_images else None, preset.layout)
 
 
 def _figures(published: "Published | None") -> tuple[str, str]:
     if published is None:
         return "nothing yet", ""
-    return published.split, f"{published.mean:.3f}{_mark(published):<2}"
-
-
-def _mark(published: "Published") -> str:
-    if published.verified:
-        return ""
-    return _MEAN_ONLY if published.mean_verified else _UNVERIFIED
+    return published.split, f"{published.mean:.3f}{mark(published):<2}"
 
 
 def _explain_marks(listed: "list[Preset]") -> None:
-    used = {_mark(published) for preset in listed for published in preset.published}
-    for mark, meaning in _LEGEND.items():
-        if mark in used:
-            console.print(f"{mark} {meaning}.")
+    for line in explained(published for preset in listed for published in preset.published):
+        console.print(line)
 
 
 def _show(preset: "Preset") -> None:
     from cxr_ray.presets import build, options  # noqa: PLC0415
 
-    network = build(preset.name)
-    parameters = sum(parameter.numel() for parameter in network.parameters() if parameter.requires_grad)
     facts = table(preset.name, [("", False), ("", False)])
     facts.add_row("network", preset.summary)
     facts.add_row("source", preset.source)
@@ -88,7 +70,7 @@ def _show(preset: "Preset") -> None:
         said = "as published" if preset.published else "meant"
         facts.add_row("pixels", f"{preset.published_size} {said}, at least {preset.smallest_size}")
     facts.add_row("variants", ", ".join(preset.variants))
-    facts.add_row("parameters", f"{parameters:,} ({options(preset).variant})")
+    facts.add_row("parameters", f"{build(preset.name).trainable_parameters:,} ({options(preset).variant})")
     facts.add_row("recipe", ", ".join(f"{name} {value}" for name, value in preset.recipe.items()) or "the general defaults")
     for assumption in preset.assumed:
         facts.add_row("assumed", assumption)
@@ -96,12 +78,12 @@ def _show(preset: "Preset") -> None:
     if preset.published:
         console.print(_auc_table(preset))
         for number, published in enumerate(preset.published, start=1):
-            console.print(f"({number}) {published.split}{_mark(published)}")
+            console.print(f"({number}) {published.split}{mark(published)}")
         _explain_marks([preset])
 
 
 def _auc_table(preset: "Preset") -> Table:
-    columns = [(f"({number}){_mark(published)}", True) for number, published in enumerate(preset.published, start=1)]
+    columns = [(f"({number}){mark(published)}", True) for number, published in enumerate(preset.published, start=1)]
     shown = table("Published AUCs", [("finding", False), *columns])
     names = {name: None for published in preset.published for name in published.auc}
     for name in names:
@@ -125,14 +107,5 @@ def _as_json(preset: "Preset") -> dict[str, object]:
         "history": preset.layout.history,
         "recipe": dict(preset.recipe),
         "assumed": list(preset.assumed),
-        "published": [
-            {
-                "split": published.split,
-                "auc": dict(published.auc),
-                "mean": round(published.mean, 4),
-                "verified": published.verified,
-                "mean_verified": published.mean_verified,
-            }
-            for published in preset.published
-        ],
+        "published": published_as_json(preset.published),
     }

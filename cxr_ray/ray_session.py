@@ -6,19 +6,27 @@ from contextlib import contextmanager
 from typing import Any
 
 from cxr_ray.cpus import available_cpus
+from cxr_ray.errors import UsageError
 
 # A dataset's blocks and a few batches are all that the object store holds here; the rest of the memory is the workers'.
 LOCAL_OBJECT_STORE_BYTES = 512 * 1024**2
 
 
 @contextmanager
-def ray_session(*, local_cpus: int | None = None) -> Iterator[None]:
+def ray_session(*, local_cpus: int | None = None, metrics_port: int | None = None) -> Iterator[None]:
     """Join the cluster that RAY_ADDRESS names (a Ray job has it set), else start Ray in this machine, and leave it at the end.
 
     Parameters
     ----------
     local_cpus
         Logical CPUs of a Ray that is started here; None for the machine's own.
+    metrics_port
+        TCP port of the metrics of a Ray that is started here; None for one that is free.
+
+    Raises
+    ------
+    UsageError
+        If a port is named for a Ray that runs already.
     """
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     os.environ.setdefault("RAY_TRAIN_V2_ENABLED", "1")
@@ -30,6 +38,11 @@ def ray_session(*, local_cpus: int | None = None) -> Iterator[None]:
         yield
         return
     address = os.environ.get("RAY_ADDRESS", "local")
+    if metrics_port is not None and address != "local":
+        raise UsageError(
+            f"--metrics-port {metrics_port}: the Ray at {address} runs already and has its port; leave it out here, and name "
+            "it to 'ray start --metrics-export-port'"
+        )
     if address == "local":
         ray.init(
             address="local",
@@ -38,6 +51,7 @@ def ray_session(*, local_cpus: int | None = None) -> Iterator[None]:
             object_store_memory=LOCAL_OBJECT_STORE_BYTES,
             log_to_driver=False,
             logging_level="ERROR",
+            _metrics_export_port=metrics_port,
         )
     else:
         ray.init(log_to_driver=False, logging_level="ERROR")
@@ -46,6 +60,14 @@ def ray_session(*, local_cpus: int | None = None) -> Iterator[None]:
         yield
     finally:
         ray.shutdown()
+
+
+def metrics_urls() -> list[str]:
+    """Where Prometheus finds the metrics of each node of the cluster that this process has joined."""
+    import ray  # noqa: PLC0415 - as above
+
+    alive = [node for node in ray.nodes() if node["Alive"] and node["MetricsExportPort"] > 0]
+    return [f"http://{node['NodeManagerAddress']}:{node['MetricsExportPort']}/metrics" for node in alive]
 
 
 def cluster_cpus() -> int:

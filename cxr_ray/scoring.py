@@ -115,14 +115,16 @@ def roc_curve(scores: np.ndarray, labels: np.ndarray) -> tuple[np.ndarray, np.nd
     return rates[0], rates[1], np.r_[np.inf, ranked[ends]]
 
 
-def youden_thresholds(scores: np.ndarray, labels: np.ndarray) -> np.ndarray:
-    """For each finding the threshold with the largest sensitivity + specificity; 0.5 where only one class occurs."""
-    thresholds = np.full(scores.shape[1], 0.5)
-    for k in range(scores.shape[1]):
-        known = np.isfinite(labels[:, k])
-        truth = labels[known, k]
-        if 0 < truth.sum() < truth.size:
-            false, true, cuts = roc_curve(scores[known, k], truth)
-            best = int(np.argmax(true - false))
-            thresholds[k] = cuts[best] if np.isfinite(cuts[best]) else 0.5
-    return thresholds
+def precision_recall_curve(scores: np.ndarray, labels: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Recall and precision at each distinct score, from the strictest threshold to the laxest.
+
+    Parameters
+    ----------
+    scores, labels
+        Shape (N,); labels 0 or 1, with a positive one.
+    """
+    order = np.argsort(-scores, kind="stable")
+    ranked, positive = scores[order], labels[order]
+    ends = np.r_[np.flatnonzero(ranked[1:] != ranked[:-1]), len(ranked) - 1]
+    true = np.cumsum(positive)[ends]
+    return true / true[-1], true / (ends + 1)

@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import TypeVar
+from typing import TypeVar, cast
 
 import yaml
 from pydantic import BaseModel, ConfigDict, ValidationError
@@ -64,5 +64,13 @@ def without_credentials(settings: SettingsType) -> SettingsType:
     """The settings as they may be printed and stored: their URIs without users, passwords and keys."""
     from cxr_ray.storage import shown  # noqa: PLC0415 - pyarrow, which some commands do not need
 
-    values = {name: shown(value) for name, value in settings.model_dump().items() if isinstance(value, str)}
-    return settings.model_copy(update=values)
+    def without(value: object) -> object:
+        if isinstance(value, BaseModel):
+            return value.model_copy(update={name: without(getattr(value, name)) for name in type(value).model_fields})
+        if isinstance(value, dict):
+            return {name: without(part) for name, part in value.items()}
+        if isinstance(value, list | tuple):
+            return type(value)(without(part) for part in value)
+        return shown(value) if isinstance(value, str) else value
+
+    return cast(SettingsType, without(settings))

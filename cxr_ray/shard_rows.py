@@ -72,15 +72,41 @@ class ShardReader:
 
     def _gather(self, rows: np.ndarray, names: list[str], squares: np.ndarray | None = None) -> pa.Table:
         """These columns of the rows; `squares`, shape (N, size, size), are filled with their pixels."""
-        wanted = names if squares is None else [*names, "pixels"]
-        parts, places = [], []
-        for group, chosen, place in _by_group(self.groups, rows):
-            table = _read_group(self.filesystem, group, wanted)
-            if squares is not None:
-                squares[place] = pixel_array(table["pixels"])[chosen]
-            parts.append(table.select(names).take(chosen))
-            places.append(place)
-        return pa.concat_tables(parts).combine_chunks().take(np.argsort(np.concatenate(places)))
+        return read_rows(self.filesystem, self.groups, rows, names, squares)
+
+
+def read_rows(
+    filesystem: fs.FileSystem,
+    groups: Sequence[RowGroup],
+    rows: np.ndarray,
+    names: list[str],
+    squares: np.ndarray | None = None,
+) -> pa.Table:
+    """Columns of the rows at these positions of a split, in this order.
+
+    Parameters
+    ----------
+    groups
+        All row groups of the split, as `Dataset.row_groups` gives them.
+    rows
+        int64, shape (N,), at least one.
+    squares
+        uint8, shape (N, size, size); filled with the pixels of the rows.
+
+    Raises
+    ------
+    CxrRayError
+        If a shard is absent, damaged, or not the one that the manifest lists.
+    """
+    wanted = names if squares is None else [*names, "pixels"]
+    parts, places = [], []
+    for group, chosen, place in _by_group(groups, rows):
+        table = read_group(filesystem, group, wanted)
+        if squares is not None:
+            squares[place] = pixel_array(table["pixels"])[chosen]
+        parts.append(table.select(names).take(chosen))
+        places.append(place)
+    return pa.concat_tables(parts).combine_chunks().take(np.argsort(np.concatenate(places)))
 
 
 def _by_group(groups: Sequence[RowGroup], rows: np.ndarray) -> list[tuple[RowGroup, np.ndarray, np.ndarray]]:
@@ -94,7 +120,14 @@ def _by_group(groups: Sequence[RowGroup], rows: np.ndarray) -> list[tuple[RowGro
     ]
 
 
-def _read_group(filesystem: fs.FileSystem, group: RowGroup, names: list[str]) -> pa.Table:
+def read_group(filesystem: fs.FileSystem, group: RowGroup, names: list[str]) -> pa.Table:
+    """Columns of one row group.
+
+    Raises
+    ------
+    CxrRayError
+        If the shard is absent, damaged, or not the one that the manifest lists.
+    """
     try:
         with pq.ParquetFile(group.path, filesystem=filesystem) as file:
             table = file.read_row_group(group.index, columns=names, use_threads=False)

@@ -86,15 +86,48 @@ def score(
     )
 
 
+@dataclass(frozen=True)
+class AurocDraws:
+    """AUC of each finding, NaN where one class is absent, shape (K,), and in each resample, shape (K, resamples)."""
+
+    point: np.ndarray
+    drawn: np.ndarray
+
+    def mean(self) -> Interval:
+        """The mean over the findings that could be scored."""
+        return Interval.of_draws(mean_over_findings(self.point), _means(self.drawn[np.isfinite(self.point)]))
+
+    def less(self, other: "AurocDraws") -> "AurocDraws":
+        """What it is above the other's, drawn from the same resamples of the same images."""
+        return AurocDraws(self.point - other.point, self.drawn - other.drawn)
+
+    def p_value(self) -> float:
+        """Two-sided p of a mean difference, from how many resamples have it on the other side of 0; NaN without a mean.
+
+        It goes with the percentile interval, and is never below 2 / (resamples + 1).
+        """
+        means = _means(self.drawn[np.isfinite(self.point)])
+        kept = means[np.isfinite(means)]
+        if kept.size == 0:
+            return float("nan")
+        beyond = min(int((kept <= 0).sum()), int((kept >= 0).sum()))
+        return min(1.0, 2 * (beyond + 1) / (kept.size + 1))
+
+
+def draw_aurocs(
+    probabilities: np.ndarray, labels: np.ndarray, patient_keys: np.ndarray, *, resamples: int = 1000, seed: int = 0
+) -> AurocDraws:
+    """The AUCs alone, as `score` has them, in a share of its time; arguments as there."""
+    ranked = rankings(probabilities, labels)
+    point = np.array([_point(ranking)[0] for ranking in ranked])
+    return AurocDraws(point, _drawn(ranked, PatientResamples(patient_keys, resamples, seed), _auroc, 1)[:, :, 0])
+
+
 def mean_auroc(
     probabilities: np.ndarray, labels: np.ndarray, patient_keys: np.ndarray, *, resamples: int = 1000, seed: int = 0
 ) -> Interval:
-    """The mean AUC alone, as `score` has it: a share of its time."""
-    drawing = PatientResamples(patient_keys, resamples, seed)
-    ranked = rankings(probabilities, labels)
-    point = np.array([_point(ranking)[0] for ranking in ranked])
-    means = _means(_drawn(ranked, drawing, _auroc, 1)[np.isfinite(point), :, 0])
-    return Interval.of_draws(mean_over_findings(point), means)
+    """The mean AUC alone; arguments as of `score`."""
+    return draw_aurocs(probabilities, labels, patient_keys, resamples=resamples, seed=seed).mean()
 
 
 def difference(
@@ -107,13 +140,9 @@ def difference(
     first, second
         Probabilities of the same images; shape (N, K).
     """
-    drawing = PatientResamples(patient_keys, resamples, seed)
-    sides = [rankings(each, labels) for each in (first, second)]
-    point = np.subtract(*(np.array([_point(ranking)[0] for ranking in side]) for side in sides))
-    drawn = np.subtract(*(_drawn(side, drawing, _auroc, 1)[:, :, 0] for side in sides))
-    means = _means(drawn[np.isfinite(point)])
-    by_finding = tuple(Interval.of_draws(value, drawn[k]) for k, value in enumerate(point))
-    return by_finding, Interval.of_draws(mean_over_findings(point), means)
+    one, other = (draw_aurocs(each, labels, patient_keys, resamples=resamples, seed=seed) for each in (first, second))
+    apart = one.less(other)
+    return tuple(map(Interval.of_draws, apart.point, apart.drawn)), apart.mean()
 
 
 def _means(drawn: np.ndarray) -> np.ndarray:
@@ -143,6 +172,8 @@ def _drawn(
     ranked: list[Ranking | None], drawing: PatientResamples, figures: Callable[[Counts], np.ndarray], width: int
 ) -> np.ndarray:
     """Figures of each finding in each resample; shape (K, resamples, width), NaN where nothing could be ranked."""
+    if not ranked:
+        return np.empty((0, drawing.resamples, width))
     blocks = []
     # numpy lets go of the interpreter's lock while it sums.
     with ThreadPoolExecutor(available_cpus()) as threads:

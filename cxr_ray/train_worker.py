@@ -27,8 +27,9 @@ from cxr_ray.epoch_order import EpochOrder, Segment, windows
 from cxr_ray.findings import FINDINGS
 from cxr_ray.loss_guard import LossGuard
 from cxr_ray.losses import ClassWeights, Loss, make_loss
+from cxr_ray.operating import choose
 from cxr_ray.presets.preset import Network, NetworkOptions
-from cxr_ray.scoring import auroc, mean_over_findings, youden_thresholds
+from cxr_ray.scoring import auroc, mean_over_findings
 from cxr_ray.shard_rows import ShardReader
 from cxr_ray.train_events import EpochResult, TrainEvent
 from cxr_ray.train_reporter import Reporter
@@ -62,6 +63,8 @@ class WorkerTask:
         Readers of the two splits.
     prior
         Log-odds of each finding to start the last layer with, or None.
+    forest
+        State of the network's trees, empty where it has none.
     """
 
     settings: TrainSettings
@@ -72,6 +75,7 @@ class WorkerTask:
     val_images: int
     weights: ClassWeights
     prior: torch.Tensor | None
+    forest: dict[str, torch.Tensor]
     events: Queue
 
 
@@ -117,6 +121,8 @@ class _Worker:
         model = presets.build(settings.preset, task.network, init=init)
         if task.prior is not None and not resumed:
             model.set_prior(task.prior)
+        if (forest := model.trees()) is not None and not resumed:
+            forest.load_state_dict(task.forest)
         return model.to(self._device)
 
     def run(self) -> None:
@@ -252,7 +258,9 @@ class _Worker:
             "images": len(scores),
             "auc": self._position.val_aucs[-1],
             "auc_by_finding": result.val_auc_by_finding,
-            "thresholds": dict(zip(FINDINGS, youden_thresholds(scores, labels).tolist(), strict=True)),
+            "thresholds": {
+                rule: dict(zip(FINDINGS, chosen.tolist(), strict=True)) for rule, chosen in choose(scores, labels).items()
+            },
         }
         self._report({"val_auc": self._position.val_aucs[-1], "epoch": result.epoch}, self._position, validation)
         self._reporter.end_epoch(result, result.epoch * self._task.train_images)

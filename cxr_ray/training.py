@@ -128,6 +128,8 @@ def make_optimizer(model: Network, settings: TrainSettings) -> torch.optim.Optim
     """The optimiser: biases, normalisation and scales without decay; `head_rate` times the rate outside the backbone."""
     groups: dict[tuple[float, float], list[nn.Parameter]] = {}
     for name, parameter in model.named_parameters():
+        if not parameter.requires_grad:
+            continue
         in_backbone = bool(model.backbone) and name.startswith(model.backbone)
         # A number a channel, in whatever shape: a bias, a normalisation, ConvNeXt's scale of a layer.
         is_vector = parameter.numel() == max(parameter.shape, default=1)
@@ -191,7 +193,11 @@ class TrainingStep:
         images = augment(images, self.settings.augmentation, self.settings.augment, self.generator)
         with autocast(images.device, self.precision):
             logits = self.model(images, batch.clinical, batch.labels)
-        loss = self.loss(logits, batch.labels) * share
+        labels = batch.labels
+        if logits.dim() == 3:
+            # Members of an ensemble learn side by side, each from all labels.
+            labels, logits = labels.repeat_interleave(logits.shape[1], dim=0), logits.flatten(0, 1)
+        loss = self.loss(logits, labels) * share
         loss.backward()
         return loss.detach()
 

@@ -5,6 +5,7 @@ windows of its order one after the other, shuffled and ready, and hand them over
 not end with the epoch reads the next one's first windows while the network is validated.
 """
 
+import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -14,6 +15,11 @@ import pyarrow as pa
 import ray
 import ray.data
 import torch
+from ray.data._internal.execution.backpressure_policy import (
+    ENABLED_BACKPRESSURE_POLICIES,
+    ENABLED_BACKPRESSURE_POLICIES_CONFIG_KEY,
+    BackpressurePolicy,
+)
 from ray.data.block import Block, BlockMetadata
 from ray.data.collate_fn import ArrowBatchCollateFn
 from ray.data.datasource import Datasource, ReadTask
@@ -27,6 +33,7 @@ from cxr_ray.training import Batch
 _READ_AT_ONCE = 2
 _CPUS_A_READ = 0.5
 _BATCHES_AHEAD = 4
+_SECONDS_BETWEEN_LOOKS = 0.02
 
 
 @dataclass(frozen=True)
@@ -70,6 +77,20 @@ class WindowDatasource(Datasource):
         ]
 
 
+class Rest(BackpressurePolicy):
+    """Limits nothing, and lets Ray Data's scheduling loop rest each time that it looks.
+
+    The loop runs in the process that trains. While a window is ready that nobody has room for, which is always so where reading
+    outpaces training, it finds something to wait for done already and asks again at once: it then takes a core, and from the
+    training the interpreter's lock. A window lasts for seconds, so that nothing is late.
+    """
+
+    def max_task_output_bytes_to_read(self, op: Any) -> int | None:
+        """No limit, a moment later; called for each operator of a stream in turn."""
+        time.sleep(_SECONDS_BETWEEN_LOOKS)
+        return None
+
+
 def _read_task(reader: Any, rows: np.ndarray, withhold: float, seed: tuple[int, ...]) -> ReadTask:
     def read() -> list[Block]:
         return [ray.get(reader).read(rows, withhold=withhold, seed=seed)]
@@ -96,6 +117,7 @@ def stream(reader: ShardReader, orders: list[EpochOrder], share: WorkerShare, *,
     )
     images.context.execution_options.preserve_order = True
     images.context.op_resource_reservation_enabled = False
+    images.context.set_config(ENABLED_BACKPRESSURE_POLICIES_CONFIG_KEY, [*ENABLED_BACKPRESSURE_POLICIES, Rest])
     # A window is one block, so that a batch that lies in it is cut out without a copy.
     images.context.target_max_block_size = None
     batches = images.iter_torch_batches(

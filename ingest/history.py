@@ -14,6 +14,7 @@ import numpy as np
 import pandas as pd
 import pyarrow as pa
 
+from cxr_ray.course import common_of_visit
 from cxr_ray.findings import FINDINGS
 from cxr_ray.records import fixed_lists, record_schema
 
@@ -108,11 +109,7 @@ class _Visits:
 
     def common(self, values: np.ndarray) -> np.ndarray:
         """What all images of the visit agree on (`values` float64, shape (N,), NaN unknown), NaN where they do not."""
-        low, high = np.full(len(self), np.inf), np.full(len(self), -np.inf)
-        with np.errstate(invalid="ignore"):
-            np.minimum.at(low, self.of_image, values)
-            np.maximum.at(high, self.of_image, values)
-        return np.where(low == high, low, np.nan)
+        return common_of_visit(values, self.of_image, len(self))
 
 
 def earlier_history(

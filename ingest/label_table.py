@@ -11,9 +11,7 @@ over.
 Identifiers do not appear in errors, which end in logs; lines of the file do.
 """
 
-import csv
 import hashlib
-import io
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -23,6 +21,7 @@ import numpy as np
 from cxr_ray import findings, storage
 from cxr_ray.errors import CxrRayError
 from cxr_ray.findings import FINDINGS, NO_FINDING, SEPARATOR
+from ingest.csv_cells import csv_cells
 
 # From the finest to the coarsest; the spellings are compared without case, spaces and signs.
 KEYS = {
@@ -31,7 +30,6 @@ KEYS = {
     "AccessionNumber": ("accessionnumber", "accessionno", "accession"),
 }
 LABEL_COLUMN = "Finding Labels"
-_DELIMITERS = ",;\t"
 _CELLS = {"0": 0, "0.0": 0, "1": 1, "1.0": 1}
 
 
@@ -114,7 +112,7 @@ class _Row:
 
 
 def _rows(content: bytes, path: str) -> Iterator[_Row]:
-    (_, header), *cells = list(_cells(content, path)) or [(1, [])]
+    (_, header), *cells = list(csv_cells(content, path)) or [(1, [])]
     plain = [_plain(name) for name in header]
     keys = _key_columns(plain, header, path)
     labels_of = _label_reader(plain, header, path, cells)
@@ -127,30 +125,6 @@ def _rows(content: bytes, path: str) -> Iterator[_Row]:
             yield _Row(line, key, row[keys[key]], labels_of(row))
         except CxrRayError as error:
             raise CxrRayError(f"{path} line {line}: {error}") from None
-
-
-def _cells(content: bytes, path: str) -> Iterator[tuple[int, list[str]]]:
-    """Line number and cells of the header and of each row that is not blank."""
-    try:
-        text = content.decode("utf-8-sig")
-        first = text.partition("\n")[0]
-        delimiter = max(_DELIMITERS, key=first.count)
-        rows = csv.reader(io.StringIO(text, newline=""), delimiter=delimiter, strict=True)
-        columns = 0
-        for row in rows:
-            cells = [cell.strip() for cell in row]
-            if not any(cells):
-                continue
-            columns = columns or len(cells)
-            if len(cells) != columns:
-                raise CxrRayError(
-                    f"{path} line {rows.line_num}: has {len(cells)} values under {columns} columns; correct the row"
-                )
-            yield rows.line_num, cells
-    except UnicodeDecodeError as error:
-        raise CxrRayError(f"{path}: is no readable CSV ({error.reason} at byte {error.start}); save it in UTF-8") from None
-    except csv.Error as error:
-        raise CxrRayError(f"{path}: is no readable CSV ({error}); save it as CSV in UTF-8") from None
 
 
 def _plain(name: str) -> str:

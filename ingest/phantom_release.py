@@ -66,7 +66,7 @@ def make_release(settings: PhantomSettings) -> int:
     with ProgressReport("draw", len(visits), "films") as progress:
         for row in results.iter_rows():
             progress.advance(int(row["films"]))
-    _write_tables(root, visits, settings.size)
+    write_tables(root, visits, settings.size)
     return len(visits)
 
 
@@ -139,7 +139,7 @@ def phantom_dicom(visit: PhantomVisit, film: np.ndarray) -> Dataset:
     return dataset
 
 
-def _write_tables(root: Path, visits: list[PhantomVisit], size: int) -> None:
+def write_tables(root: Path, visits: list[PhantomVisit], size: int) -> None:
     """The table in NIH's columns (its broken header included), the official lists, and the labels by SOP instance."""
     lines = [
         "Image Index,Finding Labels,Follow-up #,Patient ID,Patient Age,Patient Gender,View Position,"

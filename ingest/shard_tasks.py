@@ -17,7 +17,7 @@ import pyarrow.parquet as pq
 from pyarrow import fs
 
 from cxr_ray import storage
-from cxr_ray.decoder_process import DecoderProcess
+from cxr_ray.decoder_process import decoder_of_process
 from cxr_ray.decoding import Format
 from cxr_ray.pixels import ImageError
 from cxr_ray.records import pixel_column, record_schema
@@ -182,20 +182,7 @@ def _decoded(records: pa.Table, plan: ShardPlan) -> Iterator[tuple[int, np.ndarr
     if plan.size is None or plan.format is None:
         yield from ((row, None) for row in range(records.num_rows))
         return
-    yield from _decoder(plan.format, plan.size).squares(read_files(plan.filesystem, records["location"].to_pylist()))
-
-
-# One decoder a process: Ray runs the next task in the same one.
-_decoders: dict[tuple[Format, int], DecoderProcess] = {}
-
-
-def _decoder(kind: Format, size: int) -> DecoderProcess:
-    if (kind, size) not in _decoders:
-        for decoder in _decoders.values():
-            decoder.close()
-        _decoders.clear()
-        _decoders[kind, size] = DecoderProcess(kind, size)
-    return _decoders[kind, size]
+    yield from decoder_of_process(plan.format, plan.size).squares(read_files(plan.filesystem, records["location"].to_pylist()))
 
 
 def parquet_bytes(table: pa.Table, size: int | None) -> pa.Buffer:

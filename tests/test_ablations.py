@@ -6,16 +6,15 @@ import numpy as np
 import pandas as pd
 import pyarrow as pa
 import pytest
-from nih_release import HEADER
 
 from cxr_ray.ablations import Films, ablations, films_of, including_the_future, including_this_film
 from cxr_ray.clinical import ClinicalLayout, encode, fit_statistics
 from cxr_ray.dataset import Dataset
-from cxr_ray.findings import FINDINGS
 from cxr_ray.records import clinical_inputs, from_fixed_lists
 from ingest.history import earlier_history, history_columns
 from ingest.nih import NihSettings, ingest_nih
 from ingest.phantom import simulate_patients
+from ingest.phantom_release import write_tables
 
 pytestmark = pytest.mark.ray
 
@@ -26,12 +25,7 @@ RICH = ClinicalLayout("rich")
 def dataset(ray_cluster: None, tmp_path_factory: pytest.TempPathFactory) -> Dataset:
     """Visits of made-up patients, without films, in three splits."""
     root = tmp_path_factory.mktemp("visits")
-    lines = [HEADER]
-    for visit in simulate_patients(60, 0):
-        labels = "|".join(name for name, present in zip(FINDINGS, visit.labels, strict=True) if present)
-        who = f"{visit.visit},{visit.patient_id},{visit.age_years},{visit.sex},{visit.view}"
-        lines.append(f"{visit.image_id}.png,{labels or 'No Finding'},{who},1,1,0.1,0.1")
-    (root / "Data_Entry_2017_v2020.csv").write_text("\n".join(lines) + "\n")
+    write_tables(root, simulate_patients(60, 0), size=1)
     ingest_nih(NihSettings(release=str(root), out=str(root / "dataset"), metadata_only=True, split="random"))
     return Dataset(str(Path(root) / "dataset"))
 

@@ -117,4 +117,5 @@ PRESET = Preset(
     },
     published_size=LARGE,
     variants=("resnet38", "resnet50", "resnet101"),
+    pretrained=False,
 )  # fmt: skip

@@ -9,6 +9,7 @@ from torch import nn
 
 from cxr_ray.clinical import ClinicalLayout
 from cxr_ray.findings import FINDINGS
+from cxr_ray.presets.forest import Forest
 
 
 @dataclass(frozen=True)
@@ -89,7 +90,7 @@ class Network(nn.Module):
         -------
         torch.Tensor
             Logits, shape (N, 14) in evaluation; in training a network may have further columns, for targets that
-            most datasets do not have.
+            most datasets do not have, and an ensemble those of its M members, shape (N, M, 14).
         """
         raise NotImplementedError
 
@@ -99,6 +100,15 @@ class Network(nn.Module):
         A network then starts from the prevalence instead of one half (Lin et al. 2017, section 4.1).
         """
         raise NotImplementedError
+
+    def trees(self) -> Forest | None:
+        """Trees that are grown before the training and answer beside the network; None for none."""
+        return None
+
+    @property
+    def trainable_parameters(self) -> int:
+        """How many numbers are learnt; batch-norm statistics are not among them."""
+        return sum(parameter.numel() for parameter in self.parameters() if parameter.requires_grad)
 
     def load_imagenet(self) -> None:
         """Fill the backbone with torchvision's ImageNet weights, downloading them if they are not cached.
@@ -133,6 +143,8 @@ class Preset:
         Pixels an edge below which the network has no grid left to pool.
     variants
         Names of the networks that the source compares, the best first; a single one is called "default".
+    pretrained
+        Whether ImageNet weights of the first of them were published.
     """
 
     name: str
@@ -146,6 +158,7 @@ class Preset:
     published_size: int | None = 224
     smallest_size: int = 32
     variants: tuple[str, ...] = ("default",)
+    pretrained: bool = True
 
     @property
     def reads_images(self) -> bool:

@@ -48,7 +48,7 @@ class ClinicalEncoder(nn.Module):
     @staticmethod
     def _course(visit: nn.GRUCell, clinical: torch.Tensor) -> torch.Tensor:
         """The GRU's last state; where it is not known whether a visit took place, it is moved by that visit's probability."""
-        state = clinical.new_zeros(len(clinical), visit.hidden_size)
+        state = clinical.new_zeros(clinical.shape[0], visit.hidden_size)
         for numbers in clinical.unflatten(1, (-1, VISIT_WIDTH)).flip(1).unbind(1):
             took_place = numbers[:, _TOOK_PLACE, None]
             state = torch.lerp(state, visit(numbers * took_place, state), took_place)

@@ -149,8 +149,8 @@ class FindingChain(nn.Module):
             float32, shape (N, width).
         """
         image, state = self.begin(vector)
-        rows = torch.arange(len(vector), device=vector.device).unsqueeze(1)
-        probability = vector.new_zeros(len(vector), 1)  # log p(course so far | image), (N, K)
+        rows = torch.arange(vector.shape[0], device=vector.device).unsqueeze(1)
+        probability = vector.new_zeros(vector.shape[0], 1)  # log p(course so far | image), (N, K)
         earlier = torch.zeros_like(probability, dtype=torch.long)
         log_odds, coverage = [], []
         for label in range(self.labels):
@@ -179,7 +179,7 @@ def enumerated_log_odds(chain: FindingChain, vector: torch.Tensor) -> torch.Tens
         float32, shape (N, T).
     """
     courses = torch.tensor(list(product((ABSENT, PRESENT), repeat=chain.labels)), device=vector.device)
-    logits = chain.forced(vector, courses.expand(len(vector), -1, -1))
+    logits = chain.forced(vector, courses.expand(vector.shape[0], -1, -1))
     taken = courses == PRESENT
     probability = torch.where(taken, F.logsigmoid(logits), F.logsigmoid(-logits)).sum(dim=2, keepdim=True)
     present = probability.masked_fill(~taken, -torch.inf).logsumexp(dim=1)
@@ -319,4 +319,5 @@ PRESET = Preset(
         "augment": 2.0,
     },
     published_size=512,
+    pretrained=False,
 )  # fmt: skip
