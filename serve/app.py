@@ -1,273 +1,157 @@
-"""The Ray Serve graph: HTTP ingress, decoding, batched inference.
+"""The Ray Serve graph: HTTP in front of one network or several.
 
-The ingress does no heavy work. Decoding scales alone, because a compressed radiograph can take longer to decode than the
-network takes to read it. What goes wrong with one image is a value, not an exception: it travels between replicas and fails
-only its own request.
+::
+
+    HTTP -> Ingress (async; decodes in child processes of its own) -> Network (batches; one deployment a bundle)
+
+The ingress does no heavy work on its event loop. Decoding scales with it and apart from the networks, because a compressed
+radiograph can take longer to decode than the network takes to read it; and it stands beside the ingress rather than behind
+another hop, because a hop costs more than decoding a picture does and would copy 10 MB to bring back 50 KB. What goes wrong
+with one image fails only its own request.
 """
 
-import asyncio
-from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Annotated, Literal, TypeVar
 
-import numpy as np
-from fastapi import File, Form, Path, Query, UploadFile
-from pydantic import Field
+from fastapi import FastAPI
 from ray import serve
 from ray.serve import Application
-from ray.serve.exceptions import BackPressureError
 from ray.serve.handle import DeploymentHandle
 
 from cxr_ray import storage
-from cxr_ray.bundle import load_bundle
-from cxr_ray.clinical import ClinicalInputs, from_request
-from cxr_ray.cpus import available_cpus
-from cxr_ray.dicom_header import looks_like_dicom, radiograph_header, read_dicom
-from cxr_ray.dicom_pixels import decode_dicom
-from cxr_ray.engines import TorchEngine
-from cxr_ray.errors import CxrRayError
-from cxr_ray.pixels import ImageError, decode_picture, stored_square
-from cxr_ray.settings import Settings
-from serve.api import (
-    PROBLEMS,
-    ApiProblem,
-    ClinicalUsed,
-    Credentials,
-    ModelIdentity,
-    Prediction,
-    StudyAnswer,
-    StudyPage,
-    authorise,
-    create_api,
-    finding_answers,
-    image_problem,
-    parse_history,
-    study_answer,
-)
+from cxr_ray.bundle import read_description, required_size
+from serve.answering import Answering, Model
+from serve.decoder_pool import DecoderPool
+from serve.graph_settings import DEFAULT_MODEL, GraphSettings
+from serve.http.access import Guard
+from serve.http.application import serving_api
+from serve.http.services import Services
+from serve.intake import Intake
+from serve.log_files import log_as_replica
+from serve.logs import log_request
+from serve.metrics import RequestMetrics
+from serve.network import Network, NetworkOptions
 from serve.store import Store
+from serve.trace import FinishedRequest
 
 APPLICATION = "cxr-ray"
-_RETRY_SECONDS = "2"
-Found = TypeVar("Found")
-
-
-class GraphSettings(Settings):
-    """What the Serve graph is made of."""
-
-    bundle: str = Field(description="Folder or URI of the bundle that answers.")
-    store: str = Field("sqlite:///cxr-ray-results.sqlite", description="SQLAlchemy URL of the results store.")
-    replicas: int = Field(1, ge=1, description="Processes that run the network.")
-    decoders: int = Field(1, ge=1, description="Processes that decode images.")
-    batch_size: int = Field(16, ge=1, le=256, description="Images a forward pass at most.")
-    batch_wait: float = Field(0.005, ge=0, le=1, description="Seconds to wait for a batch to fill; 0 takes what is there.")
-    max_queued: int = Field(64, ge=1, description="Requests that may wait; beyond, the answer is 503.")
-    max_upload_mb: int = Field(128, ge=1, description="Largest file, in MB.")
-    gpu: bool = Field(default=False, description="Give each network a GPU.")
+# Serve's own line of a request says less than ours, and could say the path.
+SERVE_LOGGING = {"log_level": "WARNING", "enable_access_log": False}
+# Requests without a body are answered beside those that are limited by `max_queued`.
+_ONGOING_REQUESTS = 1000
 
 
 @dataclass(frozen=True)
-class DecodedImage:
-    """An upload as the network reads it: pixels uint8 (size, size), and what a DICOM header says of the patient."""
+class Entrance:
+    """Who is let in: `secret` is the token that the service was started with; without `required`, everybody is."""
 
-    pixels: np.ndarray
-    age_years: float | None = None
-    sex: Literal["M", "F"] | None = None
-    view: Literal["PA", "AP"] | None = None
-    warnings: tuple[str, ...] = ()
+    secret: str | None
+    required: bool
 
 
-def decode_upload(data: bytes, name: str, size: int) -> DecodedImage:
-    """Decode a PNG, JPEG or DICOM file.
+@serve.deployment
+@serve.ingress()
+class Ingress:
+    """HTTP, decoding, and the results store."""
+
+    def __init__(
+        self,
+        models: dict[str, DeploymentHandle],
+        shadow: DeploymentHandle | None,
+        settings: GraphSettings,
+        entrance: Entrance,
+    ) -> None:
+        log_as_replica(settings.log_folder, settings.log_level)
+        asked = {name: Model(handle, settings.answer_seconds) for name, handle in models.items()}
+        self._decoders = DecoderPool(
+            settings.decoders, settings.max_queued + settings.max_images, max_seconds=settings.answer_seconds
+        )
+        self._decoders.start()
+        store = Store(settings.store)
+        answering = Answering(asked, self._decoders, store, settings.history_source)
+        kept_aside = Model(shadow, settings.answer_seconds) if shadow else None
+        intake = Intake(answering, store, asked[DEFAULT_MODEL], kept_aside)
+        guard = Guard(entrance.secret, store.find_token, required=entrance.required)
+        self._services = Services(settings, store, answering, intake, guard)
+        self._watch = _Watch(self._decoders)
+
+    def __serve_build_asgi_app__(self) -> FastAPI:
+        """Serve asks for this once the constructor is through."""
+        return serving_api(self._services, self._watch)
+
+    def __del__(self) -> None:
+        """End the decoders with their replica."""
+        if hasattr(self, "_decoders"):
+            self._decoders.close()
+
+
+class _Watch(RequestMetrics):
+    """Counts requests and logs a line for each."""
+
+    def __init__(self, decoders: DecoderPool) -> None:
+        super().__init__(lambda: decoders.queued)
+
+    def finished(self, request: FinishedRequest) -> None:
+        """See `RequestWatch`."""
+        super().finished(request)
+        log_request(request)
+
+
+def build_graph(settings: GraphSettings, entrance: Entrance) -> Application:
+    """Bind the deployments.
 
     Raises
     ------
-    ImageError
-        If it is none of these, damaged, too large, or no frontal chest radiograph.
+    CxrRayError
+        If a bundle cannot be used, or reads no image.
     """
-    if not looks_like_dicom(data):
-        return DecodedImage(stored_square(decode_picture(data, name), size, name))
-    dataset = read_dicom(data, name)
-    header = radiograph_header(dataset, name)
-    pixels = stored_square(decode_dicom(dataset, name), size, name)
-    return DecodedImage(pixels, header.age_years, header.sex, header.view, header.warnings)  # type: ignore[arg-type]
-
-
-@serve.deployment
-class Decoder:
-    """Turns uploads into stored squares."""
-
-    def __init__(self, size: int) -> None:
-        self._size = size
-
-    async def decode(self, data: bytes, name: str) -> DecodedImage | ApiProblem:
-        """One image, or the problem with it."""
-        try:
-            return await asyncio.to_thread(decode_upload, data, name, self._size)
-        except ImageError as error:
-            return image_problem(error)
-
-
-@serve.deployment
-class Network:
-    """Runs the network on batches that Serve collects."""
-
-    def __init__(self, settings: GraphSettings) -> None:
-        threads = None if settings.gpu else max(1, available_cpus() // settings.replicas)
-        bundle = load_bundle(settings.bundle)
-        self._description = bundle.description
-        self._engine = TorchEngine(bundle, threads=threads)
-        self._infer.set_max_batch_size(settings.batch_size)
-        self._infer.set_batch_wait_timeout_s(settings.batch_wait)
-        # The first pass through a network is slow; no client shall pay for it.
-        size = bundle.require_images()
-        self._engine.predict(np.zeros((1, size, size), dtype=np.uint8), from_request(None, None, None, None)[0])
-
-    async def describe(self) -> tuple[ModelIdentity, dict[str, float]]:
-        """The model's identity and its thresholds by finding."""
-        described = self._description
-        identity = ModelIdentity(name=described.name, version=described.version, digest=described.digest)
-        return identity, dict(described.thresholds)
-
-    async def predict(self, pixels: np.ndarray, inputs: ClinicalInputs) -> list[float]:
-        """Fourteen probabilities of one image."""
-        return await self._infer((pixels, inputs))
-
-    @serve.batch(max_batch_size=16, batch_wait_timeout_s=0.005)
-    async def _infer(self, items: list[tuple[np.ndarray, ClinicalInputs]]) -> list[list[float]]:
-        pixels = np.stack([pixels for pixels, _ in items])
-        inputs = ClinicalInputs.concatenate([inputs for _, inputs in items])
-        predicted = await asyncio.to_thread(self._engine.predict, pixels, inputs)
-        return [[float(value) for value in row] for row in predicted]
-
-
-api = create_api()
-
-
-@serve.deployment
-@serve.ingress(api)
-class Ingress:
-    """HTTP in front of decoder and network, and the results store for reading."""
-
-    def __init__(
-        self, decoder: DeploymentHandle, network: DeploymentHandle, settings: GraphSettings, token: str | None
-    ) -> None:
-        self._decoder, self._network, self._settings, self._token = decoder, network, settings, token
-        self._store = Store(settings.store)
-        self._described: tuple[ModelIdentity, dict[str, float]] | None = None
-
-    @api.post("/v1/predict", responses=PROBLEMS, summary="Fourteen probabilities of one radiograph")
-    async def predict(
-        self,
-        credentials: Credentials,
-        image: Annotated[UploadFile, File(description="PNG, JPEG or DICOM")],
-        age: Annotated[float | None, Form(ge=0, le=120, description="Years; overrides the DICOM header")] = None,
-        sex: Annotated[Literal["M", "F"] | None, Form()] = None,
-        view: Annotated[Literal["PA", "AP"] | None, Form()] = None,
-        history: Annotated[
-            str | None,
-            Form(description="Findings of earlier visits, 'Mass|Nodule', or 'No Finding' if none; leave out if unknown"),
-        ] = None,
-    ) -> Prediction:
-        """Decode the image, run the network, say what was used and what was missing."""
-        authorise(self._token, credentials)
-        known_history = parse_history(history)
-        name = image.filename or "image"
-        data = await self._read(image, name)
-        try:
-            identity, thresholds = await self._describe()
-            decoded = await self._decoder.decode.remote(data, name)
-            if isinstance(decoded, ApiProblem):
-                raise decoded
-            values = (
-                decoded.age_years if age is None else age,
-                sex or decoded.sex,
-                view or decoded.view,
-                known_history,
-            )
-            inputs, missing = from_request(*values)
-            probabilities = await self._network.predict.remote(decoded.pixels, inputs)
-        except BackPressureError:
-            raise ApiProblem(503, "too many requests are waiting; ask again later", {"Retry-After": _RETRY_SECONDS}) from None
-        return Prediction(
-            model=identity,
-            findings=finding_answers(probabilities, thresholds),
-            clinical=ClinicalUsed(age=values[0], sex=values[1], view=values[2], history=known_history, missing=missing),
-            warnings=list(decoded.warnings),
-        )
-
-    async def _read(self, image: UploadFile, name: str) -> bytes:
-        limit = self._settings.max_upload_mb * 1_000_000
-        data = await image.read(limit + 1)
-        if not data:
-            raise ApiProblem(400, f"image: {name} is empty (0 bytes); send a PNG, JPEG or DICOM file")
-        if len(data) > limit:
-            raise ApiProblem(413, f"image: {name} has more than {self._settings.max_upload_mb} MB; send a smaller file")
-        return data
-
-    async def _describe(self) -> tuple[ModelIdentity, dict[str, float]]:
-        if self._described is None:
-            self._described = await self._network.describe.remote()
-        return self._described
-
-    @api.get("/v1/studies", responses=PROBLEMS, summary="Studies received over DICOM, the last first")
-    async def studies(
-        self,
-        credentials: Credentials,
-        limit: Annotated[int, Query(ge=1, le=1000)] = 100,
-        offset: Annotated[int, Query(ge=0, le=2**31)] = 0,
-    ) -> StudyPage:
-        """One page of the results store."""
-        authorise(self._token, credentials)
-        views = await self._from_store(lambda store: store.studies(limit, offset))
-        return StudyPage(studies=[study_answer(view) for view in views], limit=limit, offset=offset)
-
-    @api.get("/v1/studies/{study_uid}", responses=PROBLEMS | {404: PROBLEMS[400]}, summary="One study")
-    async def study(self, credentials: Credentials, study_uid: Annotated[str, Path(max_length=64)]) -> StudyAnswer:
-        """A study with the answer to each of its instances."""
-        authorise(self._token, credentials)
-        view = await self._from_store(lambda store: store.study(study_uid))
-        if view is None:
-            raise ApiProblem(404, f"study {study_uid[:64]!r} is not known here; it may not have been received or answered yet")
-        return study_answer(view)
-
-    async def _from_store(self, question: Callable[[Store], Found]) -> Found:
-        try:
-            return await asyncio.to_thread(question, self._store)
-        except CxrRayError as error:
-            raise ApiProblem(503, str(error), {"Retry-After": _RETRY_SECONDS}) from None
-
-    @api.get("/healthz", summary="Whether the service runs")
-    async def healthz(self) -> dict[str, str]:
-        """Answers as long as the ingress runs."""
-        return {"status": "ok"}
-
-    @api.get("/readyz", responses={503: PROBLEMS[503]}, summary="Whether the service can answer")
-    async def readyz(self) -> dict[str, str]:
-        """Answers once the network is loaded and warm and the store can be read."""
-        identity, _ = await self._describe()
-        await self._from_store(lambda store: store.studies(limit=1))
-        return {"status": "ready", "model": identity.digest}
-
-
-def build_graph(settings: GraphSettings, token: str | None) -> Application:
-    """Bind the deployments; `token` is what clients have to bring, None where only this machine can reach the service."""
-    settings = settings.model_copy(update={"bundle": storage.absolute(settings.bundle)})
-    size = load_bundle(settings.bundle).require_images()
-    queue = {"max_queued_requests": settings.max_queued}
-    decoder = Decoder.options(  # type: ignore[attr-defined]
-        num_replicas=settings.decoders,
-        max_ongoing_requests=2,
-        ray_actor_options={"num_cpus": 0.25},
-        **queue,
-    ).bind(size)
-    network = Network.options(  # type: ignore[attr-defined]
-        num_replicas=settings.replicas,
-        # Batches fill only if as many requests may be under way.
-        max_ongoing_requests=2 * settings.batch_size,
-        ray_actor_options={"num_cpus": 0.5, "num_gpus": 1 if settings.gpu else 0},
-        **queue,
-    ).bind(settings)
+    bundles = {DEFAULT_MODEL: settings.bundle, **settings.also}
+    models = {name: _network(name, uri, settings) for name, uri in bundles.items()}
+    shadow = _network("shadow", settings.shadow, settings) if settings.shadow else None
+    # A new bundle replaces the network alone: what the ingress is made of does not name it.
+    own = settings.model_copy(update={"bundle": "", "also": {}, "shadow": None, "thresholds": {}})
     ingress = Ingress.options(  # type: ignore[attr-defined]
-        max_ongoing_requests=4 * settings.max_queued, ray_actor_options={"num_cpus": 0.1}
+        **_scaled(settings.fronts, settings.max_fronts, settings.decoders),
+        max_ongoing_requests=_ONGOING_REQUESTS,
+        max_surge_percent=100,
+        ray_actor_options={"num_cpus": 0.1 + 0.1 * settings.decoders},
     )
-    return ingress.bind(decoder, network, settings, token)
+    return ingress.bind(models, shadow, own, entrance)
+
+
+def _network(name: str, uri: str, settings: GraphSettings) -> Application:
+    uri = storage.absolute(uri)
+    description = read_description(uri)
+    required_size(description)
+    options = NetworkOptions(
+        bundle=uri,
+        digest=description.digest,
+        engine=settings.engine,
+        threads=settings.threads,
+        replicas=settings.max_replicas or settings.replicas,
+        batch_size=settings.batch_size,
+        batch_wait=settings.batch_wait,
+        gpu=settings.gpu,
+        drift_window=settings.drift_window,
+        log_folder=settings.log_folder,
+        log_level=settings.log_level,
+    )
+    deployment = Network.options(  # type: ignore[attr-defined]
+        name="Network" if name == DEFAULT_MODEL else f"Network-{name}",
+        **_scaled(settings.replicas, settings.max_replicas, settings.batch_size),
+        # Batches fill only if as many requests may be under way: one that is computed, and one that gathers.
+        max_ongoing_requests=2 * settings.batch_size,
+        max_queued_requests=settings.max_queued + settings.max_images,
+        # The old bundle answers until the new one is warm.
+        max_surge_percent=100,
+        user_config={"thresholds": settings.thresholds if name == DEFAULT_MODEL else {}},
+        ray_actor_options={"num_cpus": settings.threads or 0.5, "num_gpus": 1 if settings.gpu else 0},
+    )
+    return deployment.bind(options)
+
+
+def _scaled(least: int, most: int | None, ongoing: int) -> dict[str, object]:
+    """A fixed number of replicas, or between two numbers so that each has about so many requests under way."""
+    if most is None or most <= least:
+        return {"num_replicas": least}
+    scaling = {"min_replicas": least, "max_replicas": most, "target_ongoing_requests": ongoing}
+    return {"autoscaling_config": scaling, "num_replicas": None}

@@ -2,14 +2,21 @@
 
 import logging
 import signal
-import threading
+import sys
+from collections.abc import Callable
+from contextlib import ExitStack
+from json import dumps as json_text
 from pathlib import Path
-from typing import Annotated
+from queue import SimpleQueue
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from cxr_ray.settings import load_settings
+from cxr_ray.settings import Settings, load_settings, without_credentials
 from cxr_ray.terminal import command_group, console, print_json, print_settings, single_command, table
+
+if TYPE_CHECKING:
+    from serve.service import ServeSettings
 
 Config = Annotated[Path | None, typer.Option(help="YAML file with settings; flags override it.")]
 StoreUrl = Annotated[str | None, typer.Option(help="SQLAlchemy URL of the results [sqlite:///cxr-ray-results.sqlite].")]
@@ -20,6 +27,8 @@ DicomPort = Annotated[int | None, typer.Option(help="TCP port the node listens o
 Networks = Annotated[list[str] | None, typer.Option(help="Network let in, CIDR; repeatable [127.0.0.0/8, ::1/128].")]
 Callers = Annotated[list[str] | None, typer.Option(help="Calling AE title let in; repeatable [any].")]
 MinFree = Annotated[int | None, typer.Option(help="MB of free disk below which nothing is accepted; 0 is off [2147].")]
+LogFormat = Annotated[str | None, typer.Option(help="json, text, or auto: text on a terminal [auto].")]
+LogLevel = Annotated[str | None, typer.Option(help="Least that is logged: debug, info or warning [info].")]
 TokenFile = Annotated[Path | None, typer.Option(help="File with the bearer token; else the variable CXR_RAY_TOKEN.")]
 
 
@@ -51,11 +60,32 @@ def _serve(
     port: Annotated[int | None, typer.Option(help="TCP port of the HTTP service [8000].")] = None,
     store: StoreUrl = None,
     token_file: TokenFile = None,
+    tls_certificate: Annotated[Path | None, typer.Option(help="PEM file with the certificate and its chain.")] = None,
+    tls_key: Annotated[Path | None, typer.Option(help="PEM file with the certificate's key.")] = None,
+    insecure: Annotated[
+        bool | None, typer.Option("--insecure", help="Answer other machines without a token, or without TLS.")
+    ] = None,
+    front: Annotated[str | None, typer.Option(help="proxy, or haproxy: faster, on every interface [proxy].")] = None,
+    also: Annotated[list[str] | None, typer.Option(help="NAME=BUNDLE to ask for with model=NAME; repeatable.")] = None,
+    shadow: Annotated[str | None, typer.Option(help="Bundle asked about every stored instance, never shown.")] = None,
+    history_source: Annotated[
+        str | None, typer.Option(help="Earlier findings: none, confirmed, predicted or both [confirmed].")
+    ] = None,
+    engine: Annotated[str | None, typer.Option(help="auto, torch or openvino [auto].")] = None,
+    threads: Annotated[int | None, typer.Option(help="CPU threads of a network [the CPUs, shared by the replicas].")] = None,
     replicas: Annotated[int | None, typer.Option(help="Processes that run the network [1].")] = None,
-    decoders: Annotated[int | None, typer.Option(help="Processes that decode images [1].")] = None,
+    decoders: Annotated[int | None, typer.Option(help="Processes that decode images [2].")] = None,
     batch_size: Annotated[int | None, typer.Option(help="Images a forward pass at most [16].")] = None,
     gpu: Annotated[bool | None, typer.Option("--gpu", help="Give each network a GPU.")] = None,
+    metrics_port: Annotated[
+        int | None, typer.Option(help="TCP port of the Prometheus metrics, on every interface [one that is free].")
+    ] = None,
+    log_format: LogFormat = None,
+    log_level: LogLevel = None,
     with_node: Annotated[bool | None, typer.Option("--with-node", help="Also run the DICOM node here.")] = None,
+    write_config: Annotated[
+        Path | None, typer.Option(help="Write what 'serve deploy' reads for these settings, and end.")
+    ] = None,
     spool: SpoolFolder = None,
     ae_title: AeTitle = None,
     dicom_host: DicomHost = None,
@@ -74,30 +104,92 @@ def _serve(
         port=port,
         store=store,
         token_file=token_file,
+        tls_certificate=tls_certificate,
+        tls_key=tls_key,
+        insecure=insecure,
+        front=front,
+        also=_named_bundles(also) if also else None,
+        shadow=shadow,
+        history_source=history_source,
+        engine=engine,
+        threads=threads,
         replicas=replicas,
         decoders=decoders,
         batch_size=batch_size,
         gpu=gpu,
+        metrics_port=metrics_port,
+        log_format=log_format,
+        log_level=log_level,
         with_node=with_node,
         node=node or None,
     )
-    from cxr_ray.ray_session import ray_session  # noqa: PLC0415 - takes seconds, --help need not wait
+    from cxr_ray.ray_session import metrics_urls, ray_session  # noqa: PLC0415 - takes seconds, --help need not wait
+    from serve.log_files import LogFollower, session_log_folder  # noqa: PLC0415
+    from serve.logs import log_to_stderr  # noqa: PLC0415
     from serve.node.node import dicom_node  # noqa: PLC0415
-    from serve.service import ServeSettings, http_service  # noqa: PLC0415
+    from serve.service import (  # noqa: PLC0415
+        ServeSettings,
+        check_metrics_port,
+        http_service,
+        prepare_environment,
+        replace_graph,
+    )
     from serve.token import read_token  # noqa: PLC0415
 
     settings = load_settings(ServeSettings, config, flags)
-    print_settings("serve", settings)
-    _log_to_standard_error()
-    with ray_session(), http_service(settings) as url:
-        console.print(f"answering on {url} (documentation: {url}/docs)")
+    if write_config is not None:
+        _write_serve_config(settings, write_config)
+        return
+    as_json = log_to_stderr(settings.log_format, settings.log_level)
+    _tell_settings("serve", settings, as_json)
+    prepare_environment(settings)
+    check_metrics_port(settings.metrics_port)
+
+    def replace() -> None:
+        console.print("reading the bundles again")
+        replace_graph(load_settings(ServeSettings, config, flags))
+        console.print("the bundles as they are now answer")
+
+    with ExitStack() as stack:
+        stack.enter_context(ray_session(metrics_port=settings.metrics_port))
+        folder = Path(settings.log_folder) if settings.log_folder else session_log_folder()
+        stack.enter_context(LogFollower(folder, _replica_lines(as_json)))
+        url = stack.enter_context(http_service(settings))
+        console.print(f"answering on {url} (page: {url}/, documentation: {url}/docs)")
+        console.print(f"metrics: {' '.join(metrics_urls())}, log files: {folder}")
         if not settings.with_node:
-            _wait_for_signal()
+            _wait_for_signal(replace)
             return
         token = read_token(settings.token_file)
-        with dicom_node(settings.node, settings.store, service_url=_local(url), token=token) as node_listener:
+        with dicom_node(settings.node, service_url=_local(url), token=token) as node_listener:
             console.print(f"DICOM node {settings.node.listener.ae_title} on port {node_listener.port}")
-            _wait_for_signal()
+            _wait_for_signal(replace)
+
+
+def _write_serve_config(settings: "ServeSettings", path: Path) -> None:
+    import yaml  # noqa: PLC0415 - as above
+
+    from cxr_ray import storage  # noqa: PLC0415
+    from serve.deployment import serve_config  # noqa: PLC0415
+
+    text = yaml.safe_dump(serve_config(settings, settings.host, settings.port), sort_keys=False)
+    filesystem, target = storage.resolve(str(path))
+    storage.write_atomically(filesystem, target, text.encode())
+    console.print(f"{path}: next: serve deploy {path}")
+
+
+def _named_bundles(pairs: list[str]) -> dict[str, str]:
+    from cxr_ray.errors import UsageError  # noqa: PLC0415 - as above
+
+    named: dict[str, str] = {}
+    for pair in pairs:
+        name, separator, bundle = pair.partition("=")
+        if not separator or not bundle or name in named:
+            raise UsageError(
+                f"--also {pair}: is no NAME=BUNDLE, or names a model twice; write e.g. --also baseline=runs/b/bundle"
+            )
+        named[name] = bundle
+    return named
 
 
 def _local(url: str) -> str:
@@ -106,7 +198,6 @@ def _local(url: str) -> str:
 
 def _listen(
     service: Annotated[str | None, typer.Option(help="URL of the service [http://127.0.0.1:8000].")] = None,
-    store: StoreUrl = None,
     token_file: TokenFile = None,
     spool: SpoolFolder = None,
     ae_title: AeTitle = None,
@@ -115,39 +206,70 @@ def _listen(
     allow_network: Networks = None,
     allow_caller: Callers = None,
     min_free_mb: MinFree = None,
+    log_format: LogFormat = None,
+    log_level: LogLevel = None,
     config: Config = None,
 ) -> None:
-    """Receive studies by C-STORE, send them to a running service, keep the results."""
-    from serve.node.node import ListenSettings, dicom_node  # noqa: PLC0415 - --help need not wait
+    """Receive studies by C-STORE and bring them to a running service, which answers them and keeps the results."""
+    from serve.logs import log_to_stderr  # noqa: PLC0415 - --help need not wait
+    from serve.node.node import ListenSettings, dicom_node  # noqa: PLC0415
     from serve.token import read_token  # noqa: PLC0415
 
     flags = _given(
-        store=store,
         token_file=token_file,
         spool=spool,
         listener=_listener_flags(ae_title, host, port, allow_network, allow_caller, min_free_mb) or None,
         dispatch=_given(service_url=service) or None,
+        log_format=log_format,
+        log_level=log_level,
     )
     settings = load_settings(ListenSettings, config, flags)
-    print_settings("listen", settings)
-    _log_to_standard_error()
+    as_json = log_to_stderr(settings.log_format, settings.log_level)
+    _tell_settings("listen", settings, as_json)
     token = read_token(settings.token_file)
-    with dicom_node(settings, settings.store, service_url=None, token=token) as listener:
+    with dicom_node(settings, service_url=None, token=token) as listener:
         console.print(f"DICOM node {settings.listener.ae_title} on {settings.listener.host}:{listener.port}")
         _wait_for_signal()
 
 
-def _log_to_standard_error() -> None:
-    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(message)s")
-    logging.getLogger("httpx").setLevel(logging.WARNING)
+def _tell_settings(command: str, settings: Settings, as_json: bool) -> None:
+    """As they are printed elsewhere, or as one line among lines."""
+    if not as_json:
+        print_settings(command, settings)
+        return
+    from serve.logs import fields  # noqa: PLC0415 - as above
+
+    said = without_credentials(settings).model_dump(mode="json")
+    logging.getLogger(__name__).info("%s starts", command, extra=fields(settings=said))
 
 
-def _wait_for_signal() -> None:
-    """Until SIGTERM or Ctrl-C; what is accepted by then is in the spool."""
-    stopped = threading.Event()
-    for number in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(number, lambda *_: stopped.set())
-    stopped.wait()
+def _replica_lines(as_json: bool) -> Callable[[dict[str, object]], None]:
+    """What is done with the lines of replicas: all of them as JSON, or for people those that somebody should look at."""
+    from serve.logs import as_text, write_line  # noqa: PLC0415 - as above
+
+    def write_json(line: dict[str, object]) -> None:
+        write_line(sys.stderr, json_text(line))
+
+    def write_text(line: dict[str, object]) -> None:
+        if line.get("level") not in {"debug", "info"}:
+            write_line(sys.stderr, as_text(line))
+
+    return write_json if as_json else write_text
+
+
+def _wait_for_signal(on_hangup: Callable[[], None] | None = None) -> None:
+    """Until SIGTERM or Ctrl-C; what is accepted by then is in the spool. SIGHUP calls `on_hangup`, whose errors are told."""
+    from cxr_ray.errors import CxrRayError  # noqa: PLC0415 - as above
+
+    signals: SimpleQueue[int] = SimpleQueue()
+    for number in (signal.SIGTERM, signal.SIGINT, *([signal.SIGHUP] if on_hangup else [])):
+        signal.signal(number, lambda received, _frame: signals.put(received))
+    while signals.get() == signal.SIGHUP:
+        try:
+            if on_hangup:
+                on_hangup()
+        except CxrRayError as error:
+            console.print(f"what runs goes on: {error}", style="red")
     console.print("stopping")
 
 

@@ -25,7 +25,6 @@ from cxr_ray import findings
 from cxr_ray.bundle import load_bundle
 from cxr_ray.clinical import from_request
 from cxr_ray.distributed import BUNDLE, train
-from cxr_ray.engines import TorchEngine
 from cxr_ray.errors import CxrRayError
 from cxr_ray.evaluate_settings import EvaluateSettings
 from cxr_ray.evaluation import Evaluation, evaluate
@@ -35,14 +34,15 @@ from cxr_ray.ray_session import ray_session
 from cxr_ray.report import interval_text, scores_table, study_picture
 from cxr_ray.settings import Settings
 from cxr_ray.terminal import console, table
+from cxr_ray.torch_engine import TorchEngine
 from cxr_ray.train_settings import TrainSettings
 from cxr_ray.training_view import TrainingView
 from ingest.nih import NihSettings, ingest_nih
 from ingest.phantom_release import DICOM, IMAGES, TABLE, TEST_PATIENT, TRUTH, PhantomSettings, make_release
-from serve.app import decode_upload
 from serve.node.listener import ListenerSettings
 from serve.node.node import NodeSettings, dicom_node
 from serve.service import ServeSettings, http_service
+from serve.uploads import decode_upload
 
 _MARK = ".cxr-ray-demo"
 _SIZE = 64
@@ -107,7 +107,7 @@ def run_demo(settings: DemoSettings, wait: Callable[[], None]) -> None:
             node=NodeSettings(spool=out / "spool", listener=ListenerSettings(port=settings.dicom_port)),
         )
         console.print("\n6/6  Serve, and send a study by C-STORE", style="bold")
-        with http_service(service) as url, dicom_node(service.node, service.store, service_url=url, token=None):
+        with http_service(service) as url, dicom_node(service.node, service_url=url, token=None):
             _send_and_show(settings, url)
             _say_next(settings, url)
             if settings.stay:
@@ -252,12 +252,12 @@ def _say_next(settings: DemoSettings, url: str) -> None:
     out = settings.out
     for what, where in (
         ("bundle", out / "run" / BUNDLE),
-        ("ROC curves", out / "evaluation" / "roc.png"),
+        ("the report of its evaluation", out / "evaluation" / "report.html"),
         ("the study with its heatmap", out / "study.png"),
     ):
         console.print(f"  {what}: {where}")
     if settings.stay:
-        console.print(f"the service stays up until Ctrl-C: {url}/docs")
+        console.print(f"the service stays up until Ctrl-C: {url}/ (documentation: {url}/docs)")
         return
     console.print("next: make demo SERVE=1 leaves the service up; or, with this demo's bundle:")
     console.print(f"  cxr-ray serve --bundle {out / 'run' / BUNDLE} --with-node")

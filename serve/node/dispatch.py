@@ -1,10 +1,10 @@
-"""The dispatcher: takes instances from the spool, asks the service, writes the answers to the store.
+"""The dispatcher: takes instances from the spool and brings them to the service, which answers them and keeps the answers.
 
-Each instance ends in one of two ways. Answered: the result is committed to the store, then the file moves to ``done/``.
-Given up: the service says that no repetition will help (400, 413, 415, 422), or the same UID was answered for other
-bytes; the file moves to ``dead/`` with the reason. Everything else is weather: the instance waits in ``ready/`` and is
-tried again, later and later, for ever. The order commit, then move makes a crash at any point harmless: what was
-committed is recognised on the next look and only moved.
+Each instance ends in one of two ways. Answered: the service has committed the result, then the file moves to ``done/``.
+Given up: the service says that no repetition will help (400, 409, 413, 415, 422); the file moves to ``dead/`` with the
+reason. Everything else is weather: the instance waits in ``ready/`` and is tried again, later and later, for ever. The
+order commit, then move makes a crash at any point harmless: an instance that was answered is answered alike when it comes
+again, and nothing is kept twice.
 """
 
 import contextlib
@@ -23,13 +23,13 @@ from http import HTTPStatus
 from typing import Annotated, Self
 
 import httpx
-from pydantic import BaseModel, ConfigDict, Field, JsonValue, SecretStr, StringConstraints, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, SecretStr, StringConstraints, ValidationError
 
 from cxr_ray.errors import CxrRayError, UsageError
+from serve.logs import fields
 from serve.node.spool import Spool, SpooledInstance
-from serve.store import Answer, Finding, OtherContentError, ReceivedInstance, Store
 
-_PERMANENT = frozenset({400, 413, 415, 422})
+_PERMANENT = frozenset({400, 409, 413, 415, 422})
 _LONGEST_RETRY_AFTER = 3600.0
 _LONGEST_REASON = 500
 _JOIN_SECONDS = 5.0
@@ -89,8 +89,6 @@ class _FindingAnswer(BaseModel):
 class _Prediction(BaseModel):
     model: _Model
     findings: list[_FindingAnswer] = Field(min_length=1)
-    clinical: dict[str, JsonValue]
-    warnings: list[str]
 
 
 class Dispatcher:
@@ -104,14 +102,11 @@ class Dispatcher:
         The service and the patience with it.
     spool : Spool
         Where instances lie.
-    store : Store
-        Where answers go.
     """
 
-    def __init__(self, settings: DispatchSettings, spool: Spool, store: Store) -> None:
+    def __init__(self, settings: DispatchSettings, spool: Spool) -> None:
         self._settings = settings
         self._spool = spool
-        self._store = store
         self._stopping = threading.Event()
         self._wake = threading.Event()
         self._thread: threading.Thread | None = None
@@ -261,31 +256,30 @@ class Dispatcher:
             self._give_up(name, None, str(error), None)
             return
         try:
-            answered = self._store.content_digest(instance.sop_instance_uid)
-            if answered not in {None, instance.content_digest}:
-                raise OtherContentError(f"instance {instance.sop_instance_uid} was received before with other bytes")
-            if answered is None:
-                prediction = self._ask(client, instance)
-                self._store.record_result(_received(instance), _answer(prediction))
-            self._spool.done(name)
-        except OtherContentError as error:
-            self._give_up(name, instance, str(error), HTTPStatus.CONFLICT)
+            self._bring(client, instance, self._request_id(name))
         except _RefusedError as error:
-            try:
-                self._store.record_refusal(_received(instance), error.reason)
-            except CxrRayError as unwritten:
-                raise _TransientError("the results store does not answer") from unwritten
             self._give_up(name, instance, error.reason, error.status)
-        except CxrRayError as error:
-            raise _TransientError("the results store does not answer") from error
         else:
+            said = fields(request_id=self._request_id(name))
+            self._spool.done(name)
             self._forget(name)
-            _log.info("%s: answered", name)
+            _log.info("%s: answered", name, extra=said)
 
-    def _ask(self, client: httpx.Client, instance: SpooledInstance) -> _Prediction:
+    def _request_id(self, name: str) -> str:
+        """By which the service logs this attempt: the beginnings of the name's two parts, and which attempt it is."""
+        subject, _, content = name.partition("-")
+        with self._guard:
+            attempts = self._waiting.get(name, _Waiting()).attempts
+        return f"{subject[:16]}-{content[:8]}-{attempts + 1}"
+
+    def _bring(self, client: httpx.Client, instance: SpooledInstance, request_id: str) -> None:
+        arrival = {"received_at": instance.received_at.isoformat()}
+        if instance.calling_ae:
+            arrival["calling_ae"] = instance.calling_ae
         with instance.path.open("rb") as file:
+            image = {"image": (instance.name, file, "application/dicom")}
             try:
-                response = client.post("/v1/predict", files={"image": (instance.name, file, "application/dicom")})
+                response = client.post("/v1/instances", files=image, data=arrival, headers={"X-Request-ID": request_id})
             except httpx.HTTPError as error:
                 raise _TransientError(f"the service cannot be reached ({type(error).__name__})") from error
         if response.status_code in _PERMANENT:
@@ -293,16 +287,17 @@ class Dispatcher:
         if response.status_code != HTTPStatus.OK:
             raise _TransientError(f"the service answers {response.status_code}", _retry_after(response))
         try:
-            return _Prediction.model_validate_json(response.content)
+            _Prediction.model_validate_json(response.content)
         except ValidationError as error:
             raise _TransientError("the service's answer is malformed") from error
 
     def _give_up(self, name: str, instance: SpooledInstance | None, reason: str, status: int | None) -> None:
         with self._guard:
             attempts = self._waiting.get(name, _Waiting()).attempts + 1
+        said = fields(request_id=self._request_id(name)) if instance else None
         self._spool.dead(name, reason=reason, status=status, attempts=attempts, instance=instance)
         self._forget(name)
-        _log.warning("%s: dead letter (%s)", name, status or "unreadable")
+        _log.warning("%s: dead letter (%s)", name, status or "unreadable", extra=said)
 
     def _forget(self, name: str) -> None:
         with self._guard:
@@ -310,6 +305,7 @@ class Dispatcher:
 
     def _wait(self, name: str, state: str, retry_after: float = 0.0) -> None:
         settings = self._settings
+        said = fields(request_id=self._request_id(name))
         with self._guard:
             waiting = self._waiting.setdefault(name, _Waiting())
             waiting.attempts += 1
@@ -319,29 +315,7 @@ class Dispatcher:
             waiting.due = time.monotonic() + max(pause, retry_after)
             changed, waiting.state = waiting.state != state, state
         if changed:
-            _log.warning("%s: waiting; %s", name, state)
-
-
-def _received(instance: SpooledInstance) -> ReceivedInstance:
-    return ReceivedInstance(
-        sop_instance_uid=instance.sop_instance_uid,
-        study_instance_uid=instance.study_instance_uid,
-        series_instance_uid=instance.series_instance_uid,
-        content_digest=instance.content_digest,
-        received_at=instance.received_at,
-        calling_ae=instance.calling_ae,
-        patient_id=instance.patient_id,
-        accession_number=instance.accession_number,
-        study_date=instance.study_date,
-    )
-
-
-def _answer(prediction: _Prediction) -> Answer:
-    model = prediction.model
-    findings = tuple(
-        Finding(finding.name, finding.probability, finding.threshold, finding.positive) for finding in prediction.findings
-    )
-    return Answer(model.name, model.version, model.digest, findings, prediction.clinical, warnings=tuple(prediction.warnings))
+            _log.warning("%s: waiting; %s", name, state, extra=said)
 
 
 def _detail(response: httpx.Response) -> str:

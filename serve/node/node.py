@@ -1,4 +1,4 @@
-"""The DICOM node as one process runs it: listener, spool, dispatcher and the store of results.
+"""The DICOM node as one process runs it: listener, spool and dispatcher.
 
 It imports neither Ray nor torch: `cxr-ray listen` is a small process that can stand beside a PACS.
 """
@@ -10,10 +10,10 @@ from pathlib import Path
 from pydantic import Field, SecretStr
 
 from cxr_ray.settings import Settings
+from serve.logs import LogFormat, LogLevel
 from serve.node.dispatch import Dispatcher, DispatchSettings
 from serve.node.listener import Listener, ListenerSettings
 from serve.node.spool import Spool
-from serve.store import Store
 from serve.token import TOKEN_VARIABLE
 
 _KEEP_DONE_SECONDS = 7 * 24 * 3600.0
@@ -30,12 +30,13 @@ class NodeSettings(Settings):
 class ListenSettings(NodeSettings):
     """Settings of `cxr-ray listen`: the node of a service that runs elsewhere."""
 
-    store: str = Field("sqlite:///cxr-ray-results.sqlite", description="SQLAlchemy URL of the results store.")
     token_file: Path | None = Field(None, description=f"File with the service's token; else the variable {TOKEN_VARIABLE}.")
+    log_format: LogFormat = Field("auto", description="json, text, or auto: text on a terminal.")
+    log_level: LogLevel = Field("info", description="Least that is logged: debug, info or warning.")
 
 
 @contextmanager
-def dicom_node(settings: NodeSettings, store_url: str, *, service_url: str | None, token: str | None) -> Iterator[Listener]:
+def dicom_node(settings: NodeSettings, *, service_url: str | None, token: str | None) -> Iterator[Listener]:
     """Run listener and dispatcher in this process.
 
     Parameters
@@ -49,9 +50,7 @@ def dicom_node(settings: NodeSettings, store_url: str, *, service_url: str | Non
     with ExitStack() as stack:
         spool = Spool(settings.spool)
         spool.sweep(_KEEP_DONE_SECONDS)
-        store = Store(store_url)
-        stack.callback(store.close)
         dispatcher = stack.enter_context(
-            Dispatcher(DispatchSettings(**given, token=SecretStr(secret) if secret else None), spool, store)
+            Dispatcher(DispatchSettings(**given, token=SecretStr(secret) if secret else None), spool)
         )
         yield stack.enter_context(Listener(settings.listener, spool, dispatcher.notify))

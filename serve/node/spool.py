@@ -28,18 +28,16 @@ from io import BytesIO
 from pathlib import Path
 
 import pydicom.config
-from pydicom import dcmread
 from pydicom.dataelem import DataElement
-from pydicom.dataset import Dataset, FileMetaDataset
+from pydicom.dataset import FileMetaDataset
 from pydicom.filewriter import write_file_meta_info
 
 from cxr_ray.errors import CxrRayError
+from serve.instance_names import instance_names, short_digest
 
 IMPLEMENTATION_CLASS_UID = "2.25.322980158282305504265312806421250201875"
 IMPLEMENTATION_VERSION_NAME = "CXRRAY_1"
-_LONGEST_UID = 64
 _FOLDERS = ("incoming", "ready", "done", "dead")
-_IDENTIFIERS = ["StudyInstanceUID", "SeriesInstanceUID", "PatientID", "AccessionNumber", "StudyDate"]
 
 _log = logging.getLogger(__name__)
 
@@ -148,7 +146,7 @@ class Spool:
         OSError
             When the bytes could not be made durable; nothing is promised then (PS3.4 Annex B: status A7xx).
         """
-        name = name_of(origin.sop_instance_uid, hashlib.sha256(data).hexdigest())
+        name = name_of(origin.sop_instance_uid, short_digest(data))
         # In the order in which a file travels, or one that moves between two looks is missed.
         for folder in (self._ready, self._done, self._dead):
             if (folder / name).exists():
@@ -192,32 +190,14 @@ class Spool:
         """
         path = self._ready / name
         received = datetime.fromtimestamp(path.stat().st_mtime, UTC)
-        try:
-            data_set = dcmread(path, stop_before_pixels=True, specific_tags=_IDENTIFIERS)
-            meta = data_set.file_meta
-            instance = SpooledInstance(
-                path=path,
-                name=name,
-                content_digest=name.removesuffix(".dcm").rpartition("-")[2],
-                sop_class_uid=_plain(meta, "MediaStorageSOPClassUID") or "",
-                sop_instance_uid=_plain(meta, "MediaStorageSOPInstanceUID") or "",
-                study_instance_uid=_plain(data_set, "StudyInstanceUID") or "",
-                series_instance_uid=_plain(data_set, "SeriesInstanceUID") or "",
-                patient_id=_decoded(data_set, "PatientID"),
-                accession_number=_decoded(data_set, "AccessionNumber"),
-                study_date=_plain(data_set, "StudyDate"),
-                calling_ae=_plain(meta, "SourceApplicationEntityTitle"),
-                received_at=received,
-            )
-        except OSError:
-            raise
-        # A peer chose these bytes, and a parser has no closed list of ways to fail on them.
-        except Exception as error:
-            raise CxrRayError(f"{name}: not readable as DICOM ({type(error).__name__}); send the instance again") from error
-        for field in ("sop_instance_uid", "study_instance_uid", "series_instance_uid"):
-            if not 1 <= len(getattr(instance, field)) <= _LONGEST_UID:
-                raise CxrRayError(f"{name}: {field} is empty or longer than {_LONGEST_UID} characters; mend the sender")
-        return instance
+        names = instance_names(path, name)
+        return SpooledInstance(
+            path=path,
+            name=name,
+            content_digest=name.removesuffix(".dcm").rpartition("-")[2],
+            received_at=received,
+            **vars(names),
+        )
 
     def done(self, name: str) -> None:
         """Move an answered instance from ``ready/`` to ``done/``; does nothing when it is there already."""
@@ -337,9 +317,9 @@ class Spool:
                     os.close(descriptor)
 
 
-def name_of(sop_instance_uid: str, content_sha256: str) -> str:
+def name_of(sop_instance_uid: str, content_digest: str) -> str:
     """Return the spool's name of an instance: digest of its UID, digest of its data set."""
-    return f"{hashlib.sha256(sop_instance_uid.encode()).hexdigest()[:32]}-{content_sha256[:16]}.dcm"
+    return f"{hashlib.sha256(sop_instance_uid.encode()).hexdigest()[:32]}-{content_digest}.dcm"
 
 
 def _file_head(origin: Origin) -> bytes:
@@ -361,19 +341,6 @@ def _file_head(origin: Origin) -> bytes:
     head.seek(0, os.SEEK_END)
     write_file_meta_info(head, meta, enforce_standard=True)
     return head.getvalue()
-
-
-def _plain(data_set: Dataset, keyword: str) -> str | None:
-    # Raw bytes: pydicom's conversion warns about odd values and quotes them.
-    if keyword not in data_set:
-        return None
-    value = data_set.get_item(keyword).value
-    text = value.decode("ascii", "replace") if isinstance(value, bytes) else str(value or "")
-    return text.replace("\x00", "").strip() or None
-
-
-def _decoded(data_set: Dataset, keyword: str) -> str | None:
-    return str(data_set.get(keyword) or "").replace("\x00", "").strip() or None
 
 
 def _make_durably(folder: Path) -> None:

@@ -1,0 +1,1 @@
+"""HTTP: what goes in and out, who may ask, and how errors look. Knows nothing of Ray Serve."""
