@@ -3,11 +3,11 @@
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
-PEERS := dcmtk orthanc
+PEERS := chromium dcmtk iproute2 openssl orthanc postgresql
 STAMP := $(VENV)/.installed
 export RAY_USAGE_STATS_ENABLED := 0
 
-.PHONY: help install peers demo test lint clean bench-ingest bench-train bench-scores
+.PHONY: help install peers demo test lint clean bench-ingest bench-train bench-scores bench-store bench-serve
 
 help:
 	@echo "make install   create $(VENV) and install cxr-ray into it"
@@ -17,6 +17,8 @@ help:
 	@echo "make bench-ingest   speed and memory of ingest beside a pool of processes; about 40 minutes on 2 cores"
 	@echo "make bench-train    speed of training beside a bare PyTorch loop, torchrun and a DataLoader; about 30 minutes on 2 quiet cores"
 	@echo "make bench-scores   time of the scores of a whole official test split; about 2 minutes"
+	@echo "make bench-store    time of a page of 100,000 stored studies; about a minute"
+	@echo "make bench-serve    speed, memory and overload of serving beside the engine alone and a plain service; about 40 minutes on 2 quiet cores"
 
 install: $(STAMP)
 
@@ -25,7 +27,7 @@ $(STAMP): pyproject.toml constraints.txt
 	$(BIN)/python -m pip install -qq --disable-pip-version-check -c constraints.txt -e ".[dev]"
 	@touch $(STAMP)
 
-# RUNLEVEL=1 keeps Debian from starting Orthanc as a service. Where they cannot be installed, the tests that need them are skipped with the reason; with CI=true they fail.
+# RUNLEVEL=1 keeps Debian from starting Orthanc and PostgreSQL as services; the tests start a PostgreSQL of their own. Where they cannot be installed, the tests that need them are skipped with the reason; with CI=true they fail.
 peers:
 	@if [ "$$(id -u)" = 0 ] && command -v apt-get >/dev/null && ! dpkg -s $(PEERS) >/dev/null 2>&1; then \
 		apt-get update -qq && DEBIAN_FRONTEND=noninteractive RUNLEVEL=1 apt-get install -y -qq --no-install-recommends $(PEERS) >/dev/null; \
@@ -51,6 +53,12 @@ bench-train: install
 
 bench-scores: install
 	$(BIN)/python bench/bench_scores.py
+
+bench-store: install
+	$(BIN)/python bench/bench_store.py
+
+bench-serve: install
+	$(BIN)/python bench/bench_serve.py all
 
 clean:
 	rm -rf $(VENV) demo
