@@ -29,10 +29,22 @@ import httpx
 if TYPE_CHECKING:
     from ray.job_submission import JobDetails, JobSubmissionClient
 
-COMMANDS = ("ingest", "train", "evaluate")
+COMMANDS = ("ingest", "train", "evaluate", "predict")
 PACKAGES = ("cxr_ray", "ingest", "serve", "cluster")
 DEFAULT_ADDRESS = "http://127.0.0.1:8265"
-PATH_OPTIONS = ("data", "out", "release", "source", "bundle", "config", "labels", "patient-key-file", "init")
+PATH_OPTIONS = (
+    "data",
+    "out",
+    "release",
+    "source",
+    "bundle",
+    "config",
+    "labels",
+    "patient-key-file",
+    "init",
+    "input",
+    "clinical",
+)
 # Values of --init that are no paths.
 NAMED_WEIGHTS = ("random", "imagenet")
 DEFAULT_TOKEN_FILE = "~/.ray/auth_token"  # noqa: S105 - where it lies, not what it is

@@ -10,8 +10,11 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import pytest
+from postgres import postgres_server, postgres_url
 
 from cxr_ray.ray_session import ray_session
+
+__all__ = ["postgres_server", "postgres_url"]
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 SIZE = 64
@@ -36,11 +39,11 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     items.sort(key=lambda item: ranks.get(item.path.stem, len(ranks)))
 
 
-def require_program(name: str) -> Path:
+def require_program(name: str, folders: str = _SYSTEM_FOLDERS) -> Path:
     """A peer that the system has installed; without it the test is skipped, and fails where CI is to have all of them."""
-    found = shutil.which(name, path=_SYSTEM_FOLDERS)
+    found = shutil.which(name, path=folders)
     if found is None:
-        reason = f"{name} is in none of {_SYSTEM_FOLDERS}; install it with 'make peers'"
+        reason = f"{name} is in none of {folders}; install it with 'make peers'"
         if os.environ.get("CI") == "true":
             pytest.fail(reason)
         pytest.skip(reason)
@@ -90,8 +93,19 @@ def free_port() -> Callable[[], int]:
     return port
 
 
+@pytest.fixture(params=["sqlite", "postgresql"])
+def store_url(request: pytest.FixtureRequest, tmp_path: Path) -> str:
+    """The URL of an empty database of each kind that the results store is made for."""
+    if request.param == "sqlite":
+        return f"sqlite:///{tmp_path / 'results.db'}"
+    return request.getfixturevalue("postgres_url")
+
+
 @pytest.fixture(scope="session")
 def ray_cluster() -> Iterator[None]:
+    from serve.service import ServeSettings, prepare_environment
+
+    prepare_environment(ServeSettings(bundle=""))
     with ray_session(local_cpus=4):
         yield
 
@@ -103,8 +117,9 @@ def untrained_bundle(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
     from cxr_ray import presets, vision
     from cxr_ray.bundle import describe, write_bundle
-    from cxr_ray.clinical import ClinicalStatistics
+    from cxr_ray.clinical import ClinicalStatistics, from_request
     from cxr_ray.findings import FINDINGS
+    from cxr_ray.input_profile import profile
     from ingest.phantom import simulate_patients
     from ingest.phantom_drawing import draw
 
@@ -124,7 +139,9 @@ def untrained_bundle(tmp_path_factory: pytest.TempPathFactory) -> Path:
         size=SIZE,
         input_size=SIZE,
         statistics=asdict(ClinicalStatistics(48.0, 16.5, 0.56, 0.4, (0.1,) * len(FINDINGS))),
+        training_inputs=profile(film[None], from_request(50, "M", "PA", [])[0]),
         thresholds={name: 0.3 + 0.03 * number for number, name in enumerate(FINDINGS)},
+        other_thresholds={},
         validation={"auc": 0.5, "epoch": 1, "images": 100},
         settings={},
         dataset_digest="0" * 64,
@@ -151,21 +168,22 @@ def service(
     from serve.service import ServeSettings, http_service
 
     store = f"sqlite:///{tmp_path_factory.mktemp('service') / 'results.sqlite'}"
-    with http_service(ServeSettings(bundle=str(untrained_bundle), store=store, port=free_port())) as url:
+    settings = ServeSettings(bundle=str(untrained_bundle), store=store, port=free_port(), engine="torch")
+    with http_service(settings) as url:
         yield RunningService(url, store)
 
 
 @pytest.fixture(scope="session")
 def guarded_service(service: RunningService, untrained_bundle: Path) -> Iterator[RunningService]:
-    """The same decoder and network behind a second door, which asks for a token."""
+    """The same network behind a second door, which asks for a token."""
     from ray import serve
 
-    from serve.app import APPLICATION, GraphSettings, Ingress
+    from serve.app import APPLICATION, Entrance, GraphSettings, Ingress
 
     token = secrets.token_urlsafe(24)
-    behind = (serve.get_deployment_handle(name, APPLICATION) for name in ("Decoder", "Network"))
-    settings = GraphSettings(bundle=str(untrained_bundle), store=service.store)
-    door = Ingress.options(ray_actor_options={"num_cpus": 0.1}).bind(*behind, settings, token)
+    models = {"default": serve.get_deployment_handle("Network", APPLICATION)}
+    settings = GraphSettings(bundle=str(untrained_bundle), store=service.store, decoders=1)
+    door = Ingress.options(ray_actor_options={"num_cpus": 0.1}).bind(models, None, settings, Entrance(token, required=True))
     serve.run(door, name="guarded", route_prefix="/guarded")
     yield RunningService(f"{service.url}/guarded", service.store, token)
     serve.delete("guarded")

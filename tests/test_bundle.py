@@ -7,16 +7,33 @@ import sys
 from contextlib import contextmanager
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
 
 from cxr_ray import presets
-from cxr_ray.bundle import CARD, DESCRIPTION, WEIGHTS, BundleDescription, describe, load_bundle, read_description, write_bundle
+from cxr_ray.bundle import (
+    CARD,
+    DESCRIPTION,
+    PROBE,
+    WEIGHTS,
+    BundleDescription,
+    describe,
+    load_bundle,
+    read_description,
+    write_bundle,
+    write_card,
+)
+from cxr_ray.clinical import ClinicalStatistics, encode
 from cxr_ray.errors import CxrRayError
 from cxr_ray.findings import FINDINGS
+from cxr_ray.input_profile import InputProfile
+from cxr_ray.probe import read_probe
+from cxr_ray.training import probabilities
 
 STATISTICS = {"age_mean": 47.0, "age_std": 16.5, "male_mean": 0.56, "ap_mean": 0.4, "ever_mean": [0.1] * 14}
+COMPLETE = ClinicalStatistics.from_json(STATISTICS)
 
 
 PAPER = presets.options(presets.find("multi-input"))
@@ -35,7 +52,9 @@ def described(**changes) -> BundleDescription:
         size=32,
         input_size=32,
         statistics=STATISTICS,
+        training_inputs=InputProfile(),
         thresholds={name: 0.1 + 0.2 * 0.1**place for place, name in enumerate(FINDINGS)},
+        other_thresholds={"prevalence": dict.fromkeys(FINDINGS, 0.43)},
         validation={"auc": 0.71234, "epoch": 3, "auc_by_finding": {}},
         settings={"data": "somewhere", "epochs": 3},
         dataset_digest="d" * 64,
@@ -88,7 +107,33 @@ def test_what_is_loaded_is_what_was_written(bundle, model):
     assert description.validation["auc"] == 0.71234
     assert description.digest == description.computed_digest()
     assert read_description(str(bundle)) == description
-    assert {path.name for path in bundle.iterdir()} == {DESCRIPTION, WEIGHTS, CARD}
+    assert {path.name for path in bundle.iterdir()} == {DESCRIPTION, WEIGHTS, PROBE, CARD}
+
+
+def test_the_probe_is_made_up_and_answered_by_the_network(bundle, model):
+    probe = load_bundle(str(bundle)).probe
+    given = torch.from_numpy(probe.pixels), torch.from_numpy(encode(probe.inputs, COMPLETE, PAPER.layout))
+    torch.testing.assert_close(
+        torch.from_numpy(probe.probabilities), probabilities(model, *given, "float32"), rtol=0, atol=1e-6
+    )
+    brightness, contrast = probe.pixels.mean(axis=(1, 2)), probe.pixels.std(axis=(1, 2))
+    assert (brightness > 90).all() and (brightness < 150).all() and (contrast > 30).all()
+    # All of them differ, and so do their answers.
+    assert np.abs(np.corrcoef(probe.pixels.reshape(len(probe), -1)) - np.eye(len(probe))).max() < 0.9
+    assert len(np.unique(probe.probabilities[:, 0])) == len(probe) > 1
+    assert np.isnan(probe.inputs.age_years).any() and np.isfinite(probe.inputs.age_years).any()
+
+
+def test_a_probe_that_does_not_fit_the_description_is_refused(bundle):
+    content = (bundle / PROBE).read_bytes()
+    for changes, named in (({"size": 64}, "pixels"), ({"size": None}, "pixels")):
+        with pytest.raises(CxrRayError, match=f"^here: {named} does not fit a network of this description"):
+            read_probe(content, described(**changes), "here")
+    with pytest.raises(CxrRayError, match=r"^here: cannot be read"):
+        read_probe(content[:-1], described(), "here")
+    renamed = content.replace(b'"inputs.male"', b'"inputs.mane"')
+    with pytest.raises(CxrRayError, match="does not fit a network"):
+        read_probe(renamed, described(), "here")
 
 
 def test_the_image_only_network_goes_the_same_way(tmp_path):
@@ -100,8 +145,49 @@ def test_the_image_only_network_goes_the_same_way(tmp_path):
 
 def test_the_card_warns_and_names_data_and_figures(bundle):
     card = (bundle / CARD).read_text()
-    for part in ("Not a medical device", "d" * 64, "0.7123", "32 x 32", *FINDINGS):
+    for part in ("Not a medical device", "d" * 64, "0.712", "32 x 32", "0.4300", "Not evaluated yet"):
         assert part in card
+    assert all(f"| {name.replace('_', ' ')} | " in card for name in FINDINGS)
+
+
+def evaluated(digest: str) -> dict:
+    unknown = {"value": None, "low": None, "high": None}
+    finding = {
+        "positives": 1234,
+        "prevalence": 0.1,
+        "auc": {"value": 0.81, "low": 0.79, "high": 0.83},
+        "average_precision": {"value": 0.4, "low": 0.3, "high": 0.5},
+        "calibration_error": 0.01,
+        "at_threshold": {"sensitivity": 0.7, "specificity": None},
+    }
+    return {
+        "bundle": {"digest": digest},
+        "title": "multi-input on test: 219 images",
+        "interval": "95 %",
+        "mean": {"auc": finding["auc"], "average_precision": finding["average_precision"]},
+        "findings": dict.fromkeys(FINDINGS, finding),
+        "subgroups": [{"by": "sex", "name": "F", "images": 5, "findings": 0, "auroc": unknown}],
+        "ablations": [],
+    }
+
+
+def test_an_evaluation_changes_the_card_and_not_the_bundle(own):
+    before = read_description(str(own))
+    write_card(str(own), evaluated(before.digest))
+    card = (own / CARD).read_text()
+    assert "| Hernia | 1,234 | 0.810 (0.790 to 0.830) | 0.400 (0.100) | 0.700 | - | 0.010 |" in card
+    assert "multi-input on test: 219 images" in card
+    assert "| sex | F | 5 | 0 | - |" in card
+    assert "Not evaluated yet" not in card
+    assert load_bundle(str(own)).description == before
+
+
+def test_the_card_of_another_bundle_is_refused(own, model, tmp_path):
+    write_bundle(str(tmp_path / "other"), model, described(name="another"))
+    with pytest.raises(CxrRayError, match=r"is not the bundle .* that was evaluated; evaluate this one"):
+        write_card(str(own), evaluated(read_description(str(tmp_path / "other")).digest))
+    shutil.copy(tmp_path / "other" / CARD, own / CARD)
+    refused(own, own / CARD, "is of another bundle", read=read_description)
 
 
 @contextmanager
@@ -127,7 +213,7 @@ def test_any_changed_byte_of_the_description_is_refused(own, mask):
     read_description(str(own))
 
 
-@pytest.mark.parametrize("name", [WEIGHTS, CARD])
+@pytest.mark.parametrize("name", [WEIGHTS, PROBE, CARD])
 @pytest.mark.parametrize("place", [0.0, 0.0003, 0.1, 0.5, 0.9, 0.999999])
 def test_a_changed_byte_of_another_file_is_refused(own, name, place):
     path = own / name
@@ -137,7 +223,7 @@ def test_a_changed_byte_of_another_file_is_refused(own, name, place):
     load_bundle(str(own))
 
 
-@pytest.mark.parametrize("name", [DESCRIPTION, WEIGHTS, CARD])
+@pytest.mark.parametrize("name", [DESCRIPTION, WEIGHTS, PROBE, CARD])
 def test_a_missing_or_truncated_file_is_named(own, name):
     path = own / name
     path.write_bytes(path.read_bytes()[:-1])
@@ -170,8 +256,10 @@ def test_other_findings_recipe_or_preset_are_refused(tmp_path, model):
     refused(path, "other findings", "train again")
     write_bundle(str(path), model, described(pixel_recipe={"version": 0}))
     refused(path, "another recipe", "train again")
-    write_bundle(str(path), model, described(statistics={"age_mean": 1.0}))
-    refused(path, "statistics are incomplete")
+    before = (path / DESCRIPTION).read_bytes()
+    with pytest.raises(CxrRayError, match="statistics are incomplete"):
+        write_bundle(str(path), model, described(statistics={"age_mean": 1.0}))
+    assert (path / DESCRIPTION).read_bytes() == before
 
 
 @pytest.mark.parametrize("change", [{"remark": "harmless"}, {"size": "large"}, {"size": 64}])
@@ -196,7 +284,7 @@ def test_a_description_that_lists_other_files_is_refused(own):
     """Even with a digest that fits: nothing but the two files is read into a model."""
     path = own / DESCRIPTION
     description = read_description(str(own))
-    fewer = description.model_copy(update={"files": {CARD: description.files[CARD]}})
+    fewer = description.model_copy(update={"files": {CARD: description.files[WEIGHTS]}})
     fewer = fewer.model_copy(update={"digest": fewer.computed_digest()})
     path.write_text(fewer.model_dump_json(indent=2))
     refused(own, path, "copy the bundle again")
@@ -210,7 +298,7 @@ def test_rewriting_replaces(own):
     assert loaded.description == written
     assert loaded.description.name == "another"
     torch.testing.assert_close(outputs(loaded.model), outputs(other), rtol=0, atol=0)
-    assert {path.name for path in own.iterdir()} == {DESCRIPTION, WEIGHTS, CARD}
+    assert {path.name for path in own.iterdir()} == {DESCRIPTION, WEIGHTS, PROBE, CARD}
 
 
 def test_the_digest_identifies_weights_and_description(tmp_path, model):
@@ -231,7 +319,7 @@ def test_an_interrupted_write_disturbs_neither_the_old_nor_the_next(own, model):
     assert read_description(str(own)).digest == before
     write_bundle(str(own), model, described(name="next"))
     assert load_bundle(str(own)).description.name == "next"
-    assert {path.name for path in own.iterdir()} == {DESCRIPTION, WEIGHTS, CARD}
+    assert {path.name for path in own.iterdir()} == {DESCRIPTION, WEIGHTS, PROBE, CARD}
     assert not interrupted.exists()
 
 

@@ -67,7 +67,15 @@ def test_every_command_can_be_called(name):
 
 def test_help_of_commands_needs_neither_torch_nor_ray():
     """Options have to be readable at once; what a command works with is loaded when it works."""
-    commands = [["ingest", "nih"], ["train"], ["evaluate"], ["bundle", "verify"]]
+    commands = [
+        ["ingest", "nih"],
+        ["train"],
+        ["evaluate"],
+        ["compare"],
+        ["bundle", "verify"],
+        ["token", "add"],
+        ["history", "import"],
+    ]
     for command in commands:
         ran = subprocess.run(
             [sys.executable, "-c", WATCHED_HELP, *command, "--help"], capture_output=True, text=True, timeout=60, check=False

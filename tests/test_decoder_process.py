@@ -44,7 +44,7 @@ def square_of(content: bytes) -> np.ndarray:
 def child_of(decoder: DecoderProcess) -> int:
     """The child's process, after an image has started it."""
     list(decoder.squares([(0, png(0))]))
-    return decoder._child.pid
+    return decoder._process._child.pid
 
 
 def test_squares_are_those_of_a_direct_decode_whatever_lies_between(tmp_path):

@@ -232,7 +232,8 @@ def inputs() -> dict[Format, list[bytes]]:
     for number in range(DICOMS):
         own = files[number % len(files)].replace(f"{UID}000000".encode(), f"{UID}{number:06d}".encode())
         damaged.append(mutated(own, random))
-    return {Format.PICTURE: made, Format.DICOM: damaged + hostile_dicoms()}
+    studies = damaged + hostile_dicoms()
+    return {Format.PICTURE: made, Format.DICOM: studies, Format.ANY: made + studies}
 
 
 def peak_memory(process: int) -> int:
@@ -246,7 +247,7 @@ def test_each_input_ends_in_a_square_or_a_reason(inputs, kind):
     highest = 0
     with DecoderProcess(kind, SIZE, max_seconds=MAX_SECONDS, max_bytes=MAX_BYTES) as decoder:
         list(decoder.squares([(0, pictures()[0] if kind is Format.PICTURE else dicoms()[0])]))
-        started = peak_memory(decoder._child.pid)
+        started = peak_memory(decoder._process._child.pid)
         for number, answer in decoder.squares(enumerate(inputs[kind])):
             if isinstance(answer, ImageError):
                 assert str(answer), number
@@ -255,8 +256,8 @@ def test_each_input_ends_in_a_square_or_a_reason(inputs, kind):
             else:
                 assert answer.shape == (SIZE, SIZE)
                 outcomes["square"] += 1
-            if decoder._child is not None:
-                highest = max(highest, peak_memory(decoder._child.pid))
+            if decoder._process._child is not None:
+                highest = max(highest, peak_memory(decoder._process._child.pid))
     assert sum(outcomes.values()) == len(inputs[kind])
     # Both kinds of end are met often, or the inputs would try nothing.
     assert outcomes["square"] > 100

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from cxr_ray.clinical import ClinicalInputs, ClinicalLayout, ClinicalStatistics, PastVisits, encode
-from cxr_ray.heatmap import occlusion, overlay
+from cxr_ray.heatmap import occlusion, overlay, warm_layer
 
 SIZE = 64
 SQUARE = (slice(12, 24), slice(36, 48))
@@ -124,3 +124,14 @@ def test_overlay_scales_a_coarse_map_to_the_film(film):
     coloured = np.ptp(overlay(film, coarse).astype(int), axis=2)
     row, column = np.unravel_index(coloured.argmax(), coloured.shape)
     assert (row // 8, column // 8) == (1, 5)
+
+
+def test_the_layer_laid_over_a_film_is_the_overlay():
+    generator = np.random.default_rng(0)
+    shown = generator.integers(0, 256, (90, 70), np.uint8)
+    contribution = generator.normal(size=(16, 16)).astype(np.float32)
+    layer = warm_layer(contribution, shown.shape)
+    assert (layer.shape, layer.dtype) == ((90, 70, 4), np.uint8)
+    opacity = layer[..., 3:] / 255
+    laid_over = shown[..., None] * (1 - opacity) + layer[..., :3] * opacity
+    assert np.abs(laid_over - overlay(shown, contribution)).max() < 2

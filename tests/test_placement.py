@@ -85,6 +85,8 @@ def test_shares_of_a_cpu_are_counted_exactly(nodes):
     check_placement(3 + 5, {"CPU": 0.1})
     with pytest.raises(CxrRayError, match="room for 8 beside"):
         check_placement(3 + 6, {"CPU": 0.1})
+    with pytest.raises(CxrRayError, match="room for 8 beside"):
+        check_placement(14, {"CPU": 0.1})
 
 
 def test_a_cluster_without_nodes_has_room_for_nobody(nodes):

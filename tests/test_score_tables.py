@@ -7,10 +7,14 @@ import json
 import numpy as np
 import pytest
 
+from cxr_ray.boxes import Box
 from cxr_ray.findings import FINDINGS
+from cxr_ray.history_curves import HistoryCurve, HistoryCurves
+from cxr_ray.localisation import pointing_game
 from cxr_ray.operating import judge
 from cxr_ray.predictions import Predictions
-from cxr_ray.score_tables import findings_csv, plain, subgroups_csv
+from cxr_ray.resampling import Interval
+from cxr_ray.score_tables import findings_csv, history_csv, localisation_csv, plain, subgroups_csv, thresholds_csv
 from cxr_ray.split_scores import score
 from cxr_ray.subgroups import SubgroupScore
 
@@ -81,3 +85,32 @@ def test_what_is_no_number_is_null_in_json():
         "e": "x",
     }
     json.dumps(plain([NAN]), allow_nan=False)
+
+
+def test_a_row_a_rule_and_finding(predictions):
+    points = [judge(predictions.probabilities[:, k], predictions.labels[:, k], 0.5) for k in range(14)]
+    rows = rows_of(thresholds_csv({"youden": points, "prevalence": points}))
+    assert [(row["rule"], row["finding"]) for row in rows] == [
+        (rule, name) for rule in ("youden", "prevalence") for name in FINDINGS
+    ]
+    assert float(rows[0]["sensitivity"]) == pytest.approx(points[0].sensitivity, abs=1e-6)
+    assert rows[13]["sensitivity"] == ""
+
+
+def test_a_row_a_share_of_missing_reports():
+    curve = HistoryCurve("visit not told", (Interval(0.8, 0.7, 0.9), Interval(0.6, 0.5, 0.7)))
+    rows = rows_of(history_csv(HistoryCurves((0.0, 1.0), (curve,))))
+    assert rows[1] == {"way": "visit not told", "missing": "1.0", "auc": "0.6", "auc_low": "0.5", "auc_high": "0.7"}
+    assert len(rows) == 2
+
+
+def test_a_row_a_finding_with_boxes_one_of_all_and_one_of_the_mean():
+    boxes = [Box("0.png", "Mass", 0.1, 0.1, 0.2, 0.2), Box("1.png", "Nodule", 0.4, 0.4, 0.2, 0.2)]
+    rows = rows_of(localisation_csv(pointing_game(boxes, np.array([1.0, 0.0]), np.array(["p", "q"]), resamples=100)))
+    assert [(row["finding"], row["boxes"], row["hits"]) for row in rows] == [
+        ("Mass", "1", "1.0"),
+        ("Nodule", "1", "0.0"),
+        ("all", "2", "0.5"),
+        ("mean", "2", "0.5"),
+    ]
+    assert float(rows[1]["at_centre"]) == 1

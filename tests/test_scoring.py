@@ -8,8 +8,9 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from sklearn import metrics
 
+from cxr_ray.operating import choose
 from cxr_ray.report import interval_text, scores_table
-from cxr_ray.scoring import auroc, mean_over_findings, roc_curve, youden_thresholds
+from cxr_ray.scoring import auroc, mean_over_findings, precision_recall_curve, roc_curve
 from cxr_ray.split_scores import score
 from cxr_ray.terminal import console
 
@@ -166,7 +167,7 @@ def test_a_resample_without_positives_does_not_spoil_the_interval():
 @settings(deadline=None)
 def test_youden_threshold_is_the_best_of_all(drawn):
     scores, labels = column(drawn)
-    chosen = youden_thresholds(scores[:, None], labels[:, None])[0]
+    chosen = choose(scores[:, None], labels[:, None])["youden"][0]
     if not both_classes(labels):
         assert chosen == 0.5
         return
@@ -184,6 +185,21 @@ def test_youden_threshold_is_the_best_of_all(drawn):
 
 @given(COLUMN)
 @settings(deadline=None)
+def test_other_rules_keep_their_promise(drawn):
+    scores, labels = column(drawn)
+    chosen = {rule: found[0] for rule, found in choose(scores[:, None], labels[:, None]).items()}
+    if not both_classes(labels):
+        assert set(chosen.values()) == {0.5}
+        return
+    known = np.isfinite(labels)
+    scores, positive = scores[known], labels[known] == 1
+    assert (scores[positive] >= chosen["sensitivity_90"]).mean() >= 0.9
+    assert (scores[positive] > chosen["sensitivity_90"]).mean() < 0.9
+    assert (scores >= chosen["prevalence"]).sum() >= positive.sum() > (scores > chosen["prevalence"]).sum()
+
+
+@given(COLUMN)
+@settings(deadline=None)
 def test_roc_curve_is_scikit_learns(drawn):
     scores, labels = column(drawn)
     assume(both_classes(labels))
@@ -196,3 +212,15 @@ def test_roc_curve_is_scikit_learns(drawn):
     assert (false[0], true[0], thresholds[0]) == (0, 0, np.inf)
     assert (false[-1], true[-1]) == (1, 1)
     assert np.trapezoid(true, false) == pytest.approx(auroc(scores[:, None], labels[:, None])[0])
+
+
+@given(COLUMN)
+@settings(deadline=None)
+def test_precision_recall_curve_is_scikit_learns(drawn):
+    scores, labels = column(drawn)
+    assume(both_classes(labels))
+    known = np.isfinite(labels)
+    recall, precision = precision_recall_curve(scores[known], labels[known])
+    theirs_precision, theirs_recall, _ = metrics.precision_recall_curve(labels[known], scores[known])
+    np.testing.assert_allclose(recall, theirs_recall[-2::-1])
+    np.testing.assert_allclose(precision, theirs_precision[-2::-1])

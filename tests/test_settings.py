@@ -1,5 +1,6 @@
 """Settings: where a value comes from, and what is said of a wrong one."""
 
+import warnings
 from typing import Literal
 
 import pytest
@@ -7,7 +8,7 @@ import yaml
 from pydantic import Field, ValidationError
 
 from cxr_ray.errors import UsageError
-from cxr_ray.settings import Settings, as_yaml, load_settings
+from cxr_ray.settings import Settings, as_yaml, load_settings, without_credentials
 
 
 class Film(Settings):
@@ -23,6 +24,17 @@ class Node(Settings):
 
 class Service(Settings):
     node: Node = Node()
+
+
+class Archive(Settings):
+    source: str
+    named: dict[str, str] = Field(default_factory=dict)
+
+
+class Archives(Settings):
+    first: Archive
+    others: tuple[Archive, ...] = ()
+    uris: list[str] = Field(default_factory=list)
 
 
 @pytest.fixture
@@ -115,6 +127,18 @@ def test_absent_file_is_named(tmp_path):
 def test_printed_settings_can_be_loaded_again(config):
     given = Film(source="s3://bucket/Übersicht", edge=128, note="a: b # c")
     assert load_settings(Film, config(as_yaml(given)), {}) == given
+
+
+def test_credentials_are_taken_out_wherever_they_are_and_nothing_else_changes():
+    secret, safe = "s3://key:secret@bucket/nih?region=eu", "s3://bucket/nih?region=eu"
+    archive = {"source": secret, "named": {"a": secret}}
+    settings = Archives.model_validate({"first": archive, "others": [archive, {"source": "/data"}], "uris": [secret, "/data"]})
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        told = without_credentials(settings).model_dump(mode="json")
+    known = {"source": safe, "named": {"a": safe}}
+    assert told == {"first": known, "others": [known, {"source": "/data", "named": {}}], "uris": [safe, "/data"]}
+    assert settings.first.source == secret
 
 
 def test_settings_do_not_change():

@@ -202,3 +202,9 @@ def test_a_finding_known_before_and_a_new_one_are_told_apart():
     assert by_name["sex", "F"] > 0.7
     assert by_name["finding", "known"] == pytest.approx(0.5, abs=0.03)
     assert by_name["finding", "new"] == pytest.approx(0.5, abs=0.03)
+
+
+def test_nothing_to_score_has_no_mean():
+    """A subgroup in which no finding has both classes."""
+    interval = mean_auroc(np.empty((4, 0)), np.empty((4, 0)), np.arange(4), resamples=100)
+    assert np.isnan([interval.value, interval.low, interval.high]).all()

@@ -86,7 +86,7 @@ def test_an_option_without_its_value_is_left_to_the_command():
 
 @pytest.mark.parametrize("command", [["serve"], ["rm", "-rf"], []])
 def test_only_jobs_are_submitted(command):
-    with pytest.raises(SubmitError, match="submit one of: ingest, train, evaluate") as error:
+    with pytest.raises(SubmitError, match="submit one of: ingest, train, evaluate, predict") as error:
         entrypoint(command, HERE)
     assert error.value.code == 2
 
@@ -112,7 +112,7 @@ def test_a_log_that_is_read_again_is_not_printed_again():
 def test_an_unknown_command_exits_with_2():
     done = run_submit("trian", "--data", "x")
     assert done.returncode == 2
-    assert done.stderr == "cxr-ray: command 'trian' does not run as a job; submit one of: ingest, train, evaluate\n"
+    assert done.stderr == "cxr-ray: command 'trian' does not run as a job; submit one of: ingest, train, evaluate, predict\n"
 
 
 def test_help_names_the_requirements_and_an_example():

@@ -7,13 +7,12 @@ from pathlib import Path
 import pytest
 import torch
 from local_cluster import LocalCluster, watched
-from nih_release import HEADER
 
 from cxr_ray.bundle import load_bundle
 from cxr_ray.dataset import Dataset
-from cxr_ray.findings import FINDINGS
 from cxr_ray.train_state import STATE
 from ingest.phantom import simulate_patients
+from ingest.phantom_release import write_tables
 
 pytestmark = [pytest.mark.system, pytest.mark.timeout(900)]
 
@@ -34,12 +33,7 @@ def cluster() -> Iterator[LocalCluster]:
 def dataset(cluster: LocalCluster, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Phantoms without their films: the network that reads none is trained in seconds."""
     root = tmp_path_factory.mktemp("phantoms")
-    lines = [HEADER]
-    for visit in simulate_patients(4000, 0):
-        labels = "|".join(name for name, present in zip(FINDINGS, visit.labels, strict=True) if present)
-        who = f"{visit.visit},{visit.patient_id},{visit.age_years},{visit.sex},{visit.view}"
-        lines.append(f"{visit.image_id}.png,{labels or 'No Finding'},{who},1,1,0.1,0.1")
-    (root / "Data_Entry_2017_v2020.csv").write_text("\n".join(lines) + "\n")
+    write_tables(root, simulate_patients(4000, 0), size=1)
     options = ["--metadata-only", "--split", "random", "--out", f"{root}/dataset"]
     done = cluster.submit("ingest", "nih", "--release", str(root), *options)
     assert done.returncode == 0, done.stdout + done.stderr

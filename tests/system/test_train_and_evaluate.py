@@ -9,6 +9,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pandas as pd
 import pytest
 import ray
@@ -42,6 +43,10 @@ def settings(phantoms: PhantomRun, **changed: object) -> TrainSettings:
 @pytest.fixture(scope="module")
 def evaluation(phantom_run: PhantomRun, tmp_path_factory: pytest.TempPathFactory) -> Evaluation:
     out = tmp_path_factory.mktemp("evaluation") / "new"
+    boxes = out.with_name("boxes.csv")
+    held = Dataset(str(phantom_run.dataset)).read("test", ["image_id"])["image_id"].to_pylist()[:20]
+    lines = ["Image Index,Finding Label,Bbox [x,y,w,h],,,", *(f"{image_id},Mass,0,0,1024,512" for image_id in held)]
+    boxes.write_text("\n".join([*lines, "elsewhere.png,Mass,0,0,9,9\n"]))
     return evaluate(
         EvaluateSettings(
             bundle=str(phantom_run.run / BUNDLE),
@@ -50,6 +55,9 @@ def evaluation(phantom_run: PhantomRun, tmp_path_factory: pytest.TempPathFactory
             scores=str(out / "more" / "scores.parquet"),
             subgroups=True,
             ablate=True,
+            history_curves=True,
+            boxes=str(boxes),
+            card=True,
         )
     )
 
@@ -78,8 +86,12 @@ def test_clinical_inputs_are_worth_something(evaluation: Evaluation) -> None:
 def test_evaluation_is_written_for_machines_and_for_people(evaluation: Evaluation, phantom_run: PhantomRun) -> None:
     out = Path(evaluation.settings.out)
     assert {path.name for path in out.iterdir()} == {
+        "report.html",
         "evaluation.json",
         "findings.csv",
+        "thresholds.csv",
+        "history.csv",
+        "localisation.csv",
         "subgroups.csv",
         "ablations.csv",
         "roc.png",
@@ -97,9 +109,60 @@ def test_evaluation_is_written_for_machines_and_for_people(evaluation: Evaluatio
     assert written["bundle"]["digest"] == load_bundle(str(phantom_run.run / BUNDLE)).description.digest
 
 
+def test_the_report_shows_films_and_the_card_tells_the_same_figures(evaluation: Evaluation, phantom_run: PhantomRun) -> None:
+    report = (Path(evaluation.settings.out) / "report.html").read_text()
+    cases = [case for group in evaluation.cases for case in group.cases]
+    assert len(cases) >= 6
+    assert all(case.image_id in report and case.film in report and case.overlay in report for case in cases)
+    assert f"{evaluation.scores.auroc.value:.3f}" in report
+    card = (phantom_run.run / BUNDLE / "MODEL_CARD.md").read_text()
+    mean = evaluation.scores.auroc
+    assert f"| mean |  | {mean.value:.3f} ({mean.low:.3f} to {mean.high:.3f}) |" in card
+
+
+def test_missing_reports_cost_what_they_are_worth(evaluation: Evaluation) -> None:
+    curves = {curve.name: curve.aurocs for curve in evaluation.history.curves}
+    assert set(curves) == {"visit not told", "own answer, Youden", "own answer, matched"}
+    honest = evaluation.scores.auroc
+    for aurocs in curves.values():
+        assert aurocs[0] == honest
+        assert aurocs[-1].value < honest.value
+    untold = curves["visit not told"]
+    assert untold[-1].value < untold[2].value < untold[0].value
+
+
+def test_heatmaps_are_judged_by_the_boxes_of_the_split(evaluation: Evaluation) -> None:
+    found = evaluation.localisation
+    assert list(found.findings) == ["Mass"]
+    assert (found.overall.boxes, found.overall.at_random.value) == (20, 0.5)
+    assert 0 <= found.overall.hits.value <= 1
+
+
+def test_readings_of_the_test_split_are_counted(evaluation: Evaluation) -> None:
+    again = evaluate(scored_only(evaluation))
+    assert len(again.readings) == len(evaluation.readings) + 1
+    assert evaluation.readings[-1].rows == 1 + len(evaluation.ablations)
+    assert evaluate(scored_only(evaluation, split="val")).readings is None
+
+
+def test_an_expected_prevalence_moves_probabilities_and_thresholds(evaluation: Evaluation, tmp_path: Path) -> None:
+    expected = tmp_path / "expected.csv"
+    expected.write_text("finding,prevalence\nEffusion,0.9\n")
+    as_fitted = evaluate(scored_only(evaluation, calibrate="platt"))
+    shifted = evaluate(scored_only(evaluation, calibrate="platt", prevalence=str(expected)))
+    k = FINDINGS.index("Effusion")
+    before, after = as_fitted.predictions.probabilities, shifted.predictions.probabilities
+    assert (after[:, k] > before[:, k]).all()
+    # Two runs batch their rows differently, and the last digits of a float32 product depend on that.
+    np.testing.assert_allclose(np.delete(after, k, axis=1), np.delete(before, k, axis=1), atol=1e-5)
+    assert shifted.operating[k].sensitivity == pytest.approx(as_fitted.operating[k].sensitivity, abs=0.05)
+
+
 def scored_only(evaluation: Evaluation, **changed: object) -> EvaluateSettings:
     """The same bundle and dataset, nothing written."""
-    return evaluation.settings.model_copy(update={"out": None, "scores": None, "subgroups": False, "ablate": False, **changed})
+    plain = {"out": None, "scores": None, "boxes": None}
+    plain |= dict.fromkeys(("subgroups", "ablate", "history_curves", "card"), False)
+    return evaluation.settings.model_copy(update={**plain, **changed})
 
 
 def test_another_program_scores_the_same_from_the_file_of_scores(evaluation: Evaluation) -> None:
@@ -133,7 +196,7 @@ def test_calibration_changes_probabilities_and_not_their_order(evaluation: Evalu
     # What a threshold finds does not change when it moves with the probabilities.
     for before, after, change in zip(evaluation.operating, calibrated.operating, calibrated.recalibrated, strict=True):
         if change.slope > 0:
-            assert after.sensitivity == pytest.approx(before.sensitivity, nan_ok=True)
+            assert after.sensitivity == pytest.approx(before.sensitivity, abs=0.05, nan_ok=True)
 
 
 @pytest.mark.parametrize(
@@ -145,6 +208,9 @@ def test_calibration_changes_probabilities_and_not_their_order(evaluation: Evalu
             r"setting 'ablate' is True beside withhold or calibrate: .*; leave them out",
         ),
         ({"calibrate": "platt", "split": "val"}, r"setting 'calibrate' is 'platt': it is fitted on split val"),
+        ({"prevalence": "x.csv"}, r"--prevalence x\.csv: shifts what is calibrated .*; give --calibrate temperature or platt"),
+        ({"card": True, "split": "val"}, r"setting 'card' is True beside .* another split than test: .*; leave them out"),
+        ({"history_curves": True, "withhold": "clinical"}, r"setting 'history_curves' is True beside withhold or calibrate"),
     ],
 )
 def test_evaluations_that_mean_nothing_are_refused(evaluation: Evaluation, changed: dict[str, object], said: str) -> None:
@@ -260,6 +326,8 @@ def test_real_release_is_ingested_trained_on_resumed_and_evaluated(ray_cluster: 
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300, check=False)
     assert done.returncode == 0, done.stdout + done.stderr
     assert "baltruschat2018 on test: 219 images of" in done.stdout
+    title = " ".join(done.stdout.split())
+    assert "(219 of the 25,596 images of the official test split: NOT comparable with published figures)" in title
     interval = r"[01]\.\d{3} \([01]\.\d{3}-[01]\.\d{3}\)"
     assert re.search(rf"^ *mean +{interval}", done.stdout, re.MULTILINE), done.stdout
     # A dash where the part of the test split that is here holds no positive.
@@ -268,4 +336,4 @@ def test_real_release_is_ingested_trained_on_resumed_and_evaluated(ray_cluster: 
             done.stdout
         )
     # The published figures are of the whole test split.
-    assert "published" not in done.stdout
+    assert "published AUC" not in done.stdout

@@ -12,7 +12,6 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from cxr_ray.bundle import load_bundle
 from cxr_ray.dataset import Dataset
 from cxr_ray.distributed import BUNDLE, PICTURE, train
-from cxr_ray.engines import TorchEngine
 from cxr_ray.errors import CxrRayError
 from cxr_ray.evaluate_settings import EvaluateSettings
 from cxr_ray.evaluation import evaluate
@@ -20,6 +19,7 @@ from cxr_ray.findings import FINDINGS
 from cxr_ray.presets import PRESETS
 from cxr_ray.records import clinical_columns, clinical_inputs, pixel_array
 from cxr_ray.settings import load_settings
+from cxr_ray.torch_engine import TorchEngine
 from cxr_ray.train_events import EpochResult, TrainEvent
 from cxr_ray.train_settings import TrainSettings
 from cxr_ray.tune_settings import TuneSettings
