@@ -30,7 +30,8 @@ from pydicom.dataset import Dataset, FileMetaDataset
 from pydicom.uid import ExplicitVRLittleEndian, generate_uid
 
 from cxr_ray.errors import UsageError
-from serve.node.dispatch import Dispatcher, DispatchSettings
+from serve.node.dispatch import Dispatcher
+from serve.node.service_client import DispatchSettings
 from serve.node.spool import Origin, Spool
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -358,7 +359,7 @@ def test_second_dispatcher_waits_and_takes_over(dispatch, service: Service, spoo
         put(spool)
         until(settled(spool))
         dispatch()
-        until(lambda: "waiting for its lock" in caplog.text)
+        until(lambda: "holds dispatcher.lock" in caplog.text)
     first.stop()
     put(spool)
     until(settled(spool))
@@ -386,7 +387,8 @@ DISPATCHER = """
 import sys, time
 from itertools import pairwise
 from pathlib import Path
-from serve.node.dispatch import Dispatcher, DispatchSettings
+from serve.node.dispatch import Dispatcher
+from serve.node.service_client import DispatchSettings
 from serve.node.spool import Spool
 settings = DispatchSettings(service_url=sys.argv[2], poll_seconds=0.05, concurrency=4, first_retry_seconds=0.05)
 with Dispatcher(settings, Spool(Path(sys.argv[1]))):

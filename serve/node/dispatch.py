@@ -1,32 +1,30 @@
 """The dispatcher: takes instances from the spool and brings them to the service, which answers them and keeps the answers.
 
-Each instance ends in one of two ways. Answered: the service has committed the result, then the file moves to ``done/``.
-Given up: the service says that no repetition will help (400, 409, 413, 415, 422); the file moves to ``dead/`` with the
-reason. Everything else is weather: the instance waits in ``ready/`` and is tried again, later and later, for ever. The
-order commit, then move makes a crash at any point harmless: an instance that was answered is answered alike when it comes
-again, and nothing is kept twice.
+Each instance ends in one of two ways. Answered: the service has committed the result, then the instance is handed on, or
+moves to ``done/`` where nobody waits for it. Given up: the service says that no repetition will help (400, 409, 413, 415,
+422); the file moves to ``dead/`` with the reason. Everything else is weather: the instance waits in ``ready/`` and is tried
+again, later and later, for ever. The order commit, then move makes a crash at any point harmless: an instance that was
+answered is answered alike when it comes again, and nothing is kept twice.
 """
 
-import contextlib
-import fcntl
 import logging
-import os
 import random
-import ssl
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from email.utils import parsedate_to_datetime
 from http import HTTPStatus
-from typing import Annotated, Self
+from typing import Self
 
 import httpx
-from pydantic import BaseModel, ConfigDict, Field, SecretStr, StringConstraints, ValidationError
+from pydantic import BaseModel, Field, ValidationError
 
-from cxr_ray.errors import CxrRayError, UsageError
+from cxr_ray.errors import CxrRayError
 from serve.logs import fields
+from serve.node.durable import alone
+from serve.node.service_client import DispatchSettings, service_client
 from serve.node.spool import Spool, SpooledInstance
 
 _PERMANENT = frozenset({400, 409, 413, 415, 422})
@@ -35,23 +33,6 @@ _LONGEST_REASON = 500
 _JOIN_SECONDS = 5.0
 
 _log = logging.getLogger(__name__)
-
-
-class DispatchSettings(BaseModel):
-    """Where the service is and how patiently it is asked."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True)
-
-    service_url: Annotated[str, StringConstraints(pattern=r"^https?://[^\s]+$")] = Field(
-        "http://127.0.0.1:8000", description="Root of the service, without /v1."
-    )
-    token: SecretStr | None = Field(None, description="Bearer token for the service; null: none is sent.")
-    first_retry_seconds: float = Field(0.5, gt=0, description="Pause after the first failure; doubles with each.")
-    max_retry_seconds: float = Field(60, gt=0, description="Longest pause of our own; Retry-After may ask for more.")
-    jitter: float = Field(0.2, ge=0, le=1, description="Random part added to a pause, as a fraction of it; 0: off.")
-    timeout_seconds: float = Field(120, gt=0, description="Patience with one request; cannot be off.")
-    poll_seconds: float = Field(0.5, gt=0, description="Pause between looks at the spool; a notification ends it.")
-    concurrency: int = Field(2, ge=1, le=64, description="Requests at once.")
 
 
 @dataclass
@@ -102,11 +83,20 @@ class Dispatcher:
         The service and the patience with it.
     spool : Spool
         Where instances lie.
+    on_answered : callable, optional
+        Called with an instance and the service's answer as JSON; takes the instance out of ``ready/``, durably. By default
+        it moves to ``done/``.
     """
 
-    def __init__(self, settings: DispatchSettings, spool: Spool) -> None:
+    def __init__(
+        self,
+        settings: DispatchSettings,
+        spool: Spool,
+        on_answered: Callable[[SpooledInstance, bytes], None] | None = None,
+    ) -> None:
         self._settings = settings
         self._spool = spool
+        self._on_answered = on_answered or (lambda instance, _answer: spool.done(instance.name))
         self._stopping = threading.Event()
         self._wake = threading.Event()
         self._thread: threading.Thread | None = None
@@ -124,7 +114,8 @@ class Dispatcher:
             When `service_url` is no URL.
         """
         self._stopping.clear()
-        self._thread = threading.Thread(target=self._run, args=(self._client(),), name="dispatcher", daemon=True)
+        client = service_client(self._settings)
+        self._thread = threading.Thread(target=self._run, args=(client,), name="dispatcher", daemon=True)
         self._thread.start()
 
     def stop(self) -> None:
@@ -149,9 +140,9 @@ class Dispatcher:
         self.stop()
 
     def _run(self, client: httpx.Client) -> None:
-        with self._alone() as alone, client:
+        with alone(self._spool.root / "dispatcher.lock", self._stopping) as mine, client:
             workers: list[threading.Thread] = []
-            while alone and not self._stopping.is_set():
+            while mine and not self._stopping.is_set():
                 self._wake.clear()
                 # Taken before the spool is listed: what is finished after the listing still stands in it.
                 with self._guard:
@@ -169,39 +160,6 @@ class Dispatcher:
             # The lock is not given up, and the client not closed, under a request that is still under way.
             for worker in workers:
                 worker.join()
-
-    @contextlib.contextmanager
-    def _alone(self) -> Iterator[bool]:
-        descriptor = os.open(self._spool.root / "dispatcher.lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
-        try:
-            alone = told = False
-            while not alone and not self._stopping.is_set():
-                try:
-                    fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                    alone = True
-                except BlockingIOError:
-                    if not told:
-                        _log.info("another dispatcher works on this spool; waiting for its lock")
-                        told = True
-                    self._stopping.wait(self._settings.poll_seconds)
-            yield alone
-        finally:
-            os.close(descriptor)
-
-    def _client(self) -> httpx.Client:
-        token, service = self._settings.token, self._settings.service_url
-        try:
-            base = httpx.URL(service)
-        except httpx.InvalidURL as error:
-            raise UsageError(f"service_url {service!r}: {error}; write e.g. http://127.0.0.1:8000") from error
-        return httpx.Client(
-            base_url=base,
-            headers={"Authorization": f"Bearer {token.get_secret_value().strip()}"} if token else {},
-            timeout=self._settings.timeout_seconds,
-            # Images of patients do not take a detour by a proxy that some environment variable names.
-            trust_env=False,
-            verify=ssl.create_default_context(),
-        )
 
     def _due(self, names: list[str], busy: set[str]) -> Iterator[str]:
         """Yield what may be tried now, each with a free slot taken for it; `busy` are subjects under way at the listing."""
@@ -256,12 +214,12 @@ class Dispatcher:
             self._give_up(name, None, str(error), None)
             return
         try:
-            self._bring(client, instance, self._request_id(name))
+            answer = self._bring(client, instance, self._request_id(name))
         except _RefusedError as error:
             self._give_up(name, instance, error.reason, error.status)
         else:
             said = fields(request_id=self._request_id(name))
-            self._spool.done(name)
+            self._on_answered(instance, answer)
             self._forget(name)
             _log.info("%s: answered", name, extra=said)
 
@@ -272,7 +230,7 @@ class Dispatcher:
             attempts = self._waiting.get(name, _Waiting()).attempts
         return f"{subject[:16]}-{content[:8]}-{attempts + 1}"
 
-    def _bring(self, client: httpx.Client, instance: SpooledInstance, request_id: str) -> None:
+    def _bring(self, client: httpx.Client, instance: SpooledInstance, request_id: str) -> bytes:
         arrival = {"received_at": instance.received_at.isoformat()}
         if instance.calling_ae:
             arrival["calling_ae"] = instance.calling_ae
@@ -290,6 +248,7 @@ class Dispatcher:
             _Prediction.model_validate_json(response.content)
         except ValidationError as error:
             raise _TransientError("the service's answer is malformed") from error
+        return response.content
 
     def _give_up(self, name: str, instance: SpooledInstance | None, reason: str, status: int | None) -> None:
         with self._guard:

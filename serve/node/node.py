@@ -11,8 +11,9 @@ from pydantic import Field, SecretStr
 
 from cxr_ray.settings import Settings
 from serve.logs import LogFormat, LogLevel
-from serve.node.dispatch import Dispatcher, DispatchSettings
+from serve.node.dispatch import Dispatcher
 from serve.node.listener import Listener, ListenerSettings
+from serve.node.service_client import DispatchSettings
 from serve.node.spool import Spool
 from serve.token import TOKEN_VARIABLE
 

@@ -8,7 +8,8 @@ leave the folder. There is no index that could disagree with the files: listing 
 ::
 
     incoming/  being written; removed when its writer is gone      ready/  accepted, to be answered, oldest first
-    done/      answered, kept for a while to recognise re-sends     dead/   <name> and <name>.json with the reason
+    answered/  answered, their study's results not yet on the way; <name>.json beside each is the answer
+    done/      settled, kept for a while to recognise re-sends      dead/   <name> and <name>.json with the reason
 """
 
 import contextlib
@@ -34,10 +35,11 @@ from pydicom.filewriter import write_file_meta_info
 
 from cxr_ray.errors import CxrRayError
 from serve.instance_names import instance_names, short_digest
+from serve.node.durable import make_durably, sync_folder
 
 IMPLEMENTATION_CLASS_UID = "2.25.322980158282305504265312806421250201875"
 IMPLEMENTATION_VERSION_NAME = "CXRRAY_1"
-_FOLDERS = ("incoming", "ready", "done", "dead")
+_FOLDERS = ("incoming", "ready", "answered", "done", "dead")
 
 _log = logging.getLogger(__name__)
 
@@ -116,10 +118,10 @@ class Spool:
 
     def __init__(self, root: Path) -> None:
         self.root = Path(root)
-        self._incoming, self._ready, self._done, self._dead = (self.root / name for name in _FOLDERS)
+        self._incoming, self._ready, self._answered, self._done, self._dead = (self.root / name for name in _FOLDERS)
         try:
             for name in _FOLDERS:
-                _make_durably(self.root / name)
+                make_durably(self.root / name)
             self._remove_leftovers()
         except OSError as error:
             raise CxrRayError(
@@ -148,10 +150,10 @@ class Spool:
         """
         name = name_of(origin.sop_instance_uid, short_digest(data))
         # In the order in which a file travels, or one that moves between two looks is missed.
-        for folder in (self._ready, self._done, self._dead):
+        for folder in (self._ready, self._answered, self._done, self._dead):
             if (folder / name).exists():
                 # The thread that wrote it may not have come to this yet, and a duplicate is a promise too.
-                _sync_folder(folder)
+                sync_folder(folder)
                 _log.info("%s: received again from %r", name, origin.calling_ae)
                 return Stored.DUPLICATE
         with self._writing() as (descriptor, path):
@@ -160,7 +162,7 @@ class Spool:
                 file.write(data)
             os.fsync(descriptor)
             path.rename(self._ready / name)
-        _sync_folder(self._ready)
+        sync_folder(self._ready)
         _log.info("%s: received %d bytes from %r", name, len(data), origin.calling_ae)
         return Stored.NEW
 
@@ -188,16 +190,7 @@ class Spool:
         OSError
             When it is not in ``ready/`` any more, or the disk fails.
         """
-        path = self._ready / name
-        received = datetime.fromtimestamp(path.stat().st_mtime, UTC)
-        names = instance_names(path, name)
-        return SpooledInstance(
-            path=path,
-            name=name,
-            content_digest=name.removesuffix(".dcm").rpartition("-")[2],
-            received_at=received,
-            **vars(names),
-        )
+        return _instance(self._ready / name)
 
     def done(self, name: str) -> None:
         """Move an answered instance from ``ready/`` to ``done/``; does nothing when it is there already."""
@@ -206,22 +199,83 @@ class Spool:
         with contextlib.suppress(FileNotFoundError):
             self._sidecar(name).unlink()
 
+    def answered(self, name: str, answer: bytes) -> None:
+        """Keep a pending instance's answer, durably, and move it from ``ready/`` to ``answered/``.
+
+        Parameters
+        ----------
+        answer : bytes
+            A JSON object.
+        """
+        self._write(_beside(self._answered / name), answer)
+        if not self._move(name, self._ready, self._answered) and not (self._answered / name).exists():
+            # Settled before, by another process: the answer belongs to nothing here.
+            _beside(self._answered / name).unlink(missing_ok=True)
+        with contextlib.suppress(FileNotFoundError):
+            self._sidecar(name).unlink()
+
+    def awaiting_results(self) -> list[str]:
+        """Return the names in ``answered/`` whose results are not on the way yet."""
+        return sorted(path.name for path in self._answered.glob("*.dcm"))
+
+    def answered_file(self, name: str) -> Path:
+        """Return where an instance lies that was answered: its results not yet on the way, or settled.
+
+        Raises
+        ------
+        FileNotFoundError
+            When it was swept, or never answered.
+        """
+        for folder in (self._answered, self._done):
+            if (folder / name).exists():
+                return folder / name
+        raise FileNotFoundError(name)
+
+    def answer_of(self, name: str) -> bytes:
+        """Return the answer that was kept with an instance.
+
+        Raises
+        ------
+        FileNotFoundError
+            When none was kept.
+        """
+        # In the order in which it travels, ahead of its instance.
+        for folder in (self._answered, self._done):
+            with contextlib.suppress(FileNotFoundError):
+                return _beside(folder / name).read_bytes()
+        raise FileNotFoundError(name)
+
+    def study_uid(self, name: str) -> str:
+        """Return the Study Instance UID of an instance that is to be answered, or was.
+
+        Raises
+        ------
+        CxrRayError
+            When the file is not readable as DICOM.
+        FileNotFoundError
+            When it is in none of these folders.
+        """
+        for folder in (self._ready, self._answered, self._done):
+            with contextlib.suppress(FileNotFoundError):
+                return instance_names(folder / name, name).study_instance_uid
+        raise FileNotFoundError(name)
+
+    def settled(self, name: str) -> None:
+        """Move an answered instance and its answer to ``done/``: its results are on the way."""
+        with contextlib.suppress(FileNotFoundError):
+            _beside(self._answered / name).rename(_beside(self._done / name))
+        if self._move(name, self._answered, self._done):
+            os.utime(self._done / name)
+
+    def unanswerable(self, name: str, *, reason: str) -> None:
+        """Give an answered instance up, whose results cannot be made; replayed, it is answered anew."""
+        self._write(self._sidecar(name), _letter_json(reason, None, 0, _instance(self._answered / name)))
+        self._move(name, self._answered, self._dead)
+        _beside(self._answered / name).unlink(missing_ok=True)
+
     def dead(self, name: str, *, reason: str, status: int | None, attempts: int, instance: SpooledInstance | None) -> None:
         """Give a pending instance up: reason first, durably, then the move to ``dead/``."""
-        letter = {
-            "reason": reason,
-            "status": status,
-            "when": datetime.now(UTC).isoformat(),
-            "attempts": attempts,
-            "sop_instance_uid": instance.sop_instance_uid if instance else None,
-            "study_instance_uid": instance.study_instance_uid if instance else None,
-        }
-        with self._writing() as (descriptor, path):
-            with os.fdopen(os.dup(descriptor), "w", encoding="utf-8") as file:
-                json.dump(letter, file)
-            os.fsync(descriptor)
-            path.rename(self._sidecar(name))
-        _sync_folder(self._dead)
+        self._write(self._sidecar(name), _letter_json(reason, status, attempts, instance))
         self._move(name, self._ready, self._dead)
 
     def dead_letters(self) -> list[DeadLetter]:
@@ -241,7 +295,7 @@ class Spool:
         if name not in {path.name for path in self._dead.glob("*.dcm")} or not self._move(name, self._dead, self._ready):
             raise CxrRayError(f"dead letter {name!r} is not in {self._dead}; list the names with `deadletter list`")
         self._sidecar(name).unlink(missing_ok=True)
-        _sync_folder(self._dead)
+        sync_folder(self._dead)
 
     def has_room(self, min_free_bytes: int) -> bool:
         """Tell whether the spool's file system has `min_free_bytes` left."""
@@ -265,8 +319,17 @@ class Spool:
         for rank, (answered, path) in enumerate(newest_first):
             if answered < oldest_kept or (keep_done_count is not None and rank >= keep_done_count):
                 path.unlink(missing_ok=True)
+                _beside(path).unlink(missing_ok=True)
                 removed += 1
         return removed
+
+    def _write(self, target: Path, content: bytes) -> None:
+        with self._writing() as (descriptor, path):
+            with os.fdopen(os.dup(descriptor), "wb") as file:
+                file.write(content)
+            os.fsync(descriptor)
+            path.rename(target)
+        sync_folder(target.parent)
 
     def _move(self, name: str, source: Path, target: Path) -> bool:
         moved = True
@@ -276,12 +339,12 @@ class Spool:
             # Moved before a crash, perhaps: then only the trace on disk is missing.
             moved = False
         # The new entry first: a crash between the two leaves two names, never none.
-        _sync_folder(target)
-        _sync_folder(source)
+        sync_folder(target)
+        sync_folder(source)
         return moved
 
     def _sidecar(self, name: str) -> Path:
-        return self._dead / f"{name}.json"
+        return _beside(self._dead / name)
 
     def _letter(self, name: str) -> DeadLetter:
         try:
@@ -322,6 +385,32 @@ def name_of(sop_instance_uid: str, content_digest: str) -> str:
     return f"{hashlib.sha256(sop_instance_uid.encode()).hexdigest()[:32]}-{content_digest}.dcm"
 
 
+def _instance(path: Path) -> SpooledInstance:
+    return SpooledInstance(
+        path=path,
+        name=path.name,
+        content_digest=path.stem.rpartition("-")[2],
+        received_at=datetime.fromtimestamp(path.stat().st_mtime, UTC),
+        **vars(instance_names(path, path.name)),
+    )
+
+
+def _beside(file: Path) -> Path:
+    return file.with_name(f"{file.name}.json")
+
+
+def _letter_json(reason: str, status: int | None, attempts: int, instance: SpooledInstance | None) -> bytes:
+    letter = {
+        "reason": reason,
+        "status": status,
+        "when": datetime.now(UTC).isoformat(),
+        "attempts": attempts,
+        "sop_instance_uid": instance.sop_instance_uid if instance else None,
+        "study_instance_uid": instance.study_instance_uid if instance else None,
+    }
+    return json.dumps(letter).encode()
+
+
 def _file_head(origin: Origin) -> bytes:
     meta = FileMetaDataset()
     title = "".join(letter for letter in origin.calling_ae if " " <= letter <= "~" and letter != "\\").strip()[:16]
@@ -341,19 +430,3 @@ def _file_head(origin: Origin) -> bytes:
     head.seek(0, os.SEEK_END)
     write_file_meta_info(head, meta, enforce_standard=True)
     return head.getvalue()
-
-
-def _make_durably(folder: Path) -> None:
-    if not folder.is_dir():
-        if folder.parent != folder:
-            _make_durably(folder.parent)
-        folder.mkdir(mode=0o700, exist_ok=True)
-        _sync_folder(folder.parent)
-
-
-def _sync_folder(folder: Path) -> None:
-    descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
