@@ -239,11 +239,17 @@ class Spool:
         FileNotFoundError
             When none was kept.
         """
-        # In the order in which it travels, ahead of its instance.
-        for folder in (self._answered, self._done):
-            with contextlib.suppress(FileNotFoundError):
-                return _beside(folder / name).read_bytes()
-        raise FileNotFoundError(name)
+        return self._answer_file(name).read_bytes()
+
+    def answered_at(self, name: str) -> datetime:
+        """Return when an instance's answer was kept, in UTC.
+
+        Raises
+        ------
+        FileNotFoundError
+            When none was kept.
+        """
+        return datetime.fromtimestamp(self._answer_file(name).stat().st_mtime, UTC)
 
     def study_uid(self, name: str) -> str:
         """Return the Study Instance UID of an instance that is to be answered, or was.
@@ -342,6 +348,13 @@ class Spool:
         sync_folder(target)
         sync_folder(source)
         return moved
+
+    def _answer_file(self, name: str) -> Path:
+        # It travels ahead of its instance.
+        for folder in (self._answered, self._done):
+            if _beside(folder / name).exists():
+                return _beside(folder / name)
+        raise FileNotFoundError(name)
 
     def _sidecar(self, name: str) -> Path:
         return _beside(self._dead / name)
