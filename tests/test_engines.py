@@ -145,11 +145,15 @@ def test_openvino_answers_as_torch_does_for_batches_of_any_size(name):
     assert (engine.name, engine.device) == ("openvino", f"CPU by OpenVINO, threads: 1 ({engine.precision})")
     # bf16 wherever the processor has it, unless that is too coarse for the network.
     assert (engine.precision == openvino_engine.precisions()[0]) == (engine.warnings == ())
+    exact = openvino_engine.OpenVinoEngine(chosen, precision="float32", threads=1)
     for n in (1, openvino_engine.IMAGES_AT_ONCE + 3):
         pixels, inputs = many(n)
         answered = engine.predict(pixels, inputs)
         assert (answered.dtype, answered.shape) == (np.float32, (n, 14))
-        np.testing.assert_allclose(answered, TorchEngine(chosen).predict(pixels, inputs), atol=2 * TOLERANCE)
+        np.testing.assert_allclose(exact.predict(pixels, inputs), TorchEngine(chosen).predict(pixels, inputs), atol=CLOSE * 10)
+    # What bf16 rounds is up to the processor, what an image is answered is not up to its neighbours.
+    alone = [engine.predict(pixels[i : i + 1], inputs.taken(np.array([i]))) for i in range(n)]
+    np.testing.assert_allclose(answered, np.concatenate(alone), atol=TOLERANCE)
     assert engine.predict(pixels[:0], inputs.taken(np.arange(0))).shape == (0, 14)
 
 
@@ -158,7 +162,11 @@ def test_openvino_answers_as_torch_does_for_batches_of_any_size(name):
 def test_a_network_too_steep_for_bfloat16_is_computed_in_float32(caplog):
     chosen = light()
     with torch.no_grad():
+        # Steep around an image of the probe, whose answers become a half: elsewhere they would be 0 or 1 in any arithmetic.
+        film = torch.from_numpy(chosen.probe.pixels[:1])
+        numbers = torch.from_numpy(encode(chosen.probe.inputs.taken(np.array([0])), STATISTICS, chosen.description.layout))
         chosen.model.head.weight.mul_(100)
+        chosen.model.head.bias.sub_(chosen.model(vision.as_input(film), numbers)[0])
     chosen = replace(chosen, probe=make_probe(chosen.model, chosen.description))
     engine = open_engine(chosen, threads=1, batch_size=1)
     assert (engine.name, engine.precision) == ("openvino", "float32")
