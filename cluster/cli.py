@@ -6,15 +6,20 @@ from typing import Annotated
 
 import typer
 
-from cluster.submit import COMMANDS, Job, SubmitError, entrypoint, reach
+from cluster.command_line import COMMANDS, CommandLine, check, command_line
+from cluster.connection import Cluster, reach
+from cluster.errors import SubmitError
+from cluster.job import Job
+from cluster.submit import client_of
 from cluster.submit import submit as submit_job
 
 _HELP = "\n\n".join(
     (
         f"Run {', '.join(COMMANDS[:-1])} or {COMMANDS[-1]} as a job on a Ray cluster, and follow its log.",
-        "Everything from the command's name on is the command's own, as it is without 'submit'. Its paths are the cluster's: "
-        "relative ones are made absolute here, and the nodes have to find the same files there (shared storage, or URIs "
-        "such as s3://bucket/folder).",
+        "Everything from the command's name on is the command's own, as it is without 'submit', and is checked here before "
+        "anything is sent. Its settings file (--config) is read here. Its other paths are the cluster's: relative ones are "
+        "made absolute here, and the nodes have to find the same files there (shared storage, or URIs such as "
+        "s3://bucket/folder).",
         "Example:",
         "cxr-ray submit --address http://head:8265 --token-file cluster.token train --data /shared/nih --out /shared/run1 "
         "--workers 4 --gpu",
@@ -23,18 +28,22 @@ _HELP = "\n\n".join(
         "A cluster with token authentication (RAY_AUTH_MODE=token) takes its token from --token-file, RAY_AUTH_TOKEN, "
         "RAY_AUTH_TOKEN_PATH or ~/.ray/auth_token, in that order.",
         "The first line of the output is the submission id. The exit code is that of the command. An interrupt (Ctrl-C) ends "
-        "the watching, not the job.",
+        "the watching, not the job: 'cxr-ray submit --attach ID' goes on watching, 'cxr-ray jobs' lists and stops.",
     )
 )
 
 _INTERRUPTED = 130
+# Done, bad usage, and a watcher who went away: none gets better by another attempt.
+_NOT_RETRIED = frozenset({0, 2, _INTERRUPTED})
 
 submit = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
 
 
 @submit.command(help=_HELP, context_settings={"allow_interspersed_args": False})
 def _submit(
-    command: Annotated[list[str], typer.Argument(metavar="COMMAND", help=f"{', '.join(COMMANDS)}, and its options.")],
+    command: Annotated[
+        list[str] | None, typer.Argument(metavar="COMMAND", help=f"{', '.join(COMMANDS)}, and its options.")
+    ] = None,
     address: Annotated[
         str | None, typer.Option(help="URL of the cluster's dashboard [RAY_API_SERVER_ADDRESS, else http://127.0.0.1:8265].")
     ] = None,
@@ -44,16 +53,46 @@ def _submit(
         float, typer.Option(min=0, help="Logical CPUs reserved for the command itself, besides its workers'; 0 for none.")
     ] = 0,
     no_wait: Annotated[bool, typer.Option("--no-wait", help="Submit, print the submission id, and leave.")] = False,
+    retries: Annotated[
+        int, typer.Option(min=0, help="Times that a failed command is submitted again, to go on where it failed.")
+    ] = 0,
+    attach: Annotated[str | None, typer.Option(metavar="ID", help="Follow the job with this submission id.")] = None,
 ) -> None:
     try:
-        command_line = entrypoint(command, Path.cwd())
+        if attach is not None:
+            raise SystemExit(_follow(_attached(attach, command, reach(address, token_file))))
+        if no_wait and retries:
+            raise SubmitError("--no-wait leaves nobody who could try again; leave out --retries or --no-wait", 2)
+        prepared = command_line(command or [], Path.cwd())
+        check(command or [])
         cluster = reach(address, token_file)
-        job = submit_job(cluster, command_line, submission_id=submission_id, num_cpus=num_cpus)
+        job = submit_job(cluster, prepared, submission_id=submission_id, num_cpus=num_cpus)
         _write(f"{job.submission_id}\n")
-        raise SystemExit(0 if no_wait else _follow(job))
+        raise SystemExit(0 if no_wait else _see_through(job, cluster, prepared, num_cpus, retries))
     except SubmitError as error:
         _notice(str(error))
         raise SystemExit(error.code) from None
+
+
+def _attached(submission_id: str, command: list[str] | None, cluster: Cluster) -> Job:
+    if command:
+        raise SubmitError(f"--attach {submission_id}: follows a job that runs already; leave out {command[0]!r}", 2)
+    job = Job(client_of(cluster), cluster, submission_id)
+    job.require()
+    return job
+
+
+def _see_through(job: Job, cluster: Cluster, command: CommandLine, num_cpus: float, retries: int) -> int:
+    """Follow a job, and those that go on where it failed; returns the last one's exit code."""
+    code = _follow(job)
+    for attempt in range(1, retries + 1):
+        if code in _NOT_RETRIED or job.stopped:
+            break
+        _notice(f"submitting it again ({attempt} of {retries})")
+        job = submit_job(cluster, command.again(), num_cpus=num_cpus)
+        _write(f"{job.submission_id}\n")
+        code = _follow(job)
+    return code
 
 
 def _follow(job: Job) -> int:

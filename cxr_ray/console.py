@@ -24,8 +24,11 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "token": ("serve.token_cli:app", "Bearer tokens of the service (add, list, revoke)"),
     "history": ("serve.history_cli:app", "What is known of patients' earlier visits (import, show)"),
     "audit": ("serve.audit_cli:audit", "Who read or changed which study"),
-    "submit": ("cluster.cli:submit", "Run ingest, train, evaluate or predict as a job on a Ray cluster"),
+    "submit": ("cluster.cli:submit", "Run ingest, train, tune, evaluate, compare or predict as a job on a Ray cluster"),
+    "jobs": ("cluster.jobs_cli:jobs", "Jobs on a Ray cluster (list, logs, stop)"),
 }
+# Those that begin with their settings: 'cxr-ray check COMMAND ...' goes that far.
+CHECKED = ("ingest", "train", "tune", "evaluate", "compare", "predict", "serve", "listen", "demo")
 HELP_FLAGS = ("--help", "-h")
 
 
@@ -40,12 +43,28 @@ def main() -> None:
 
         sys.stdout.write(f"cxr-ray {__version__}\n")
         return
+    if arguments[0] == "check":
+        _check(arguments[1:])
+        return
     if arguments[0] not in COMMANDS:
         _fail(f"command {arguments[0]!r} is not known; use one of: {', '.join(COMMANDS)}", 2)
     # Before anything imports Ray, which reads these once.
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
     _call(arguments[0], arguments[1:])
+
+
+def _check(arguments: list[str]) -> None:
+    """Check a command's options and settings, and leave it at that."""
+    if not arguments or arguments[0] not in CHECKED:
+        _fail(f"check {' '.join(arguments[:1])}: check one of: {', '.join(CHECKED)}", 2)
+    from cxr_ray.settings import SettingsChecked, checking_only  # noqa: PLC0415
+
+    try:
+        with checking_only():
+            _call(arguments[0], arguments[1:])
+    except SettingsChecked:
+        sys.stdout.write(f"{arguments[0]}: options and settings are valid\n")
 
 
 def _call(name: str, arguments: list[str]) -> None:
@@ -83,7 +102,7 @@ def _overview() -> str:
     return (
         "Chest radiographs in, probabilities of fourteen diseases out, on Ray.\n\n"
         f"Usage: cxr-ray COMMAND [OPTIONS]\n\nCommands:\n{lines}\n\n"
-        "'cxr-ray COMMAND --help' lists the options of a command.\n"
+        "'cxr-ray COMMAND --help' lists the options of a command, 'cxr-ray check COMMAND ...' checks them and their settings.\n"
     )
 
 

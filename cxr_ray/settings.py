@@ -1,6 +1,8 @@
 """Settings: one YAML a command, overridden by flags, checked by a pydantic model, printed in full at the start."""
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from contextvars import ContextVar
 from pathlib import Path
 from typing import TypeVar, cast
 
@@ -17,6 +19,21 @@ class Settings(BaseModel):
 
 
 SettingsType = TypeVar("SettingsType", bound=Settings)
+_checking = ContextVar("_checking", default=False)
+
+
+class SettingsChecked(Exception):
+    """Settings were found valid by a command that goes no further."""
+
+
+@contextmanager
+def checking_only() -> Iterator[None]:
+    """Have `load_settings` raise `SettingsChecked` in place of returning, so that the command that called it ends there."""
+    token = _checking.set(True)
+    try:
+        yield
+    finally:
+        _checking.reset(token)
 
 
 def load_settings(model: type[SettingsType], config: Path | None, flags: Mapping[str, object]) -> SettingsType:
@@ -26,11 +43,13 @@ def load_settings(model: type[SettingsType], config: Path | None, flags: Mapping
     ------
     UsageError
         If the file cannot be read, or a value is not allowed: names the setting, the value and what is expected.
+    SettingsChecked
+        Within `checking_only`.
     """
     values = _read_yaml(config) if config is not None else {}
     values |= {name: value for name, value in flags.items() if value is not None}
     try:
-        return model.model_validate(values)
+        settings = model.model_validate(values)
     except ValidationError as error:
         first = error.errors()[0]
         name = ".".join(str(part) for part in first["loc"])
@@ -41,6 +60,9 @@ def load_settings(model: type[SettingsType], config: Path | None, flags: Mapping
             else first["msg"].removeprefix("Value error, ")
         )
         raise UsageError(f"setting {name!r}{given}: {remedy}") from None
+    if _checking.get():
+        raise SettingsChecked
+    return settings
 
 
 def _read_yaml(path: Path) -> dict[str, object]:

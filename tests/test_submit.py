@@ -3,6 +3,7 @@
 import ast
 import json
 import os
+import re
 import shlex
 import socket
 import subprocess
@@ -13,10 +14,16 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from typing import Literal, get_origin
 
 import pytest
+import yaml
 
-from cluster.submit import PACKAGES, SubmitError, _Log, absolute_paths, entrypoint, reach, runtime_environment
+from cluster.command_line import PATH_OPTIONS, CommandLine, absolute_paths, command_line
+from cluster.connection import reach
+from cluster.errors import SubmitError
+from cluster.job import _Log
+from cluster.packing import PACKAGES, runtime_environment
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 HERE = Path("/work place")
@@ -37,7 +44,7 @@ def run_submit(*arguments: str, **environment: str) -> subprocess.CompletedProce
 
 def test_a_command_reaches_the_job_as_it_was_typed():
     typed = ["train", "--data", "s3://bucket/a b", "--out", "/runs/it's $HOME", "--workers", "2", "--gpu"]
-    assert shlex.split(entrypoint(typed, HERE)) == ["python", "-P", "-m", "cxr_ray", *typed]
+    assert shlex.split(command_line(typed, HERE).entrypoint) == ["python", "-P", "-m", "cxr_ray", *typed]
 
 
 def test_relative_paths_become_absolute_and_uris_stay():
@@ -80,24 +87,130 @@ def test_named_weights_are_no_paths(given, sent):
     assert absolute_paths(["train", "--init", given, f"--init={given}"], HERE) == ["train", "--init", sent, f"--init={sent}"]
 
 
+def test_bundles_are_made_absolute_one_by_one():
+    sent = absolute_paths(["compare", "--bundles", "ours=run/bundle,s3://bucket/b,other=s3://bucket/c"], HERE)
+    assert sent[2] == "ours=/work place/run/bundle,s3://bucket/b,other=s3://bucket/c"
+
+
+def test_every_setting_that_names_a_file_is_made_absolute():
+    """Settings say in their descriptions what they are; a new one that names a file has to be in the list."""
+    from cxr_ray.compare_settings import CompareSettings
+    from cxr_ray.evaluate_settings import EvaluateSettings
+    from cxr_ray.train_settings import TrainSettings
+    from cxr_ray.tune_settings import TuneSettings
+    from ingest.dicom import DicomSettings
+    from ingest.nih import NihSettings
+    from ingest.phantom_release import PhantomSettings
+    from serve.batch_settings import PredictSettings
+
+    of_files = re.compile(r"\b(folder|file|files|URI|CSV|layout of)\b", re.IGNORECASE)
+    for model in (
+        CompareSettings,
+        EvaluateSettings,
+        TrainSettings,
+        TuneSettings,
+        DicomSettings,
+        NihSettings,
+        PhantomSettings,
+        PredictSettings,
+    ):
+        for name, field in model.model_fields.items():
+            # A share of files, a switch, and the address of a server are none; named weights may be.
+            if of_files.search(field.description or "") and field.annotation not in (bool, float) and name != "mlflow":
+                assert name.replace("_", "-") in PATH_OPTIONS or get_origin(field.annotation) is Literal, (model, name)
+
+
+def test_a_settings_file_is_read_here_and_travels(tmp_path):
+    (tmp_path / "mine.yaml").write_text("data: shards\nout: s3://bucket/run\ninit: imagenet\nepochs: 3\n")
+    made = command_line(["train", "--config", "mine.yaml", "--epochs", "5"], tmp_path)
+    assert made.arguments == ("train", "--config", "settings.yaml", "--epochs", "5")
+    sent = {"data": f"{tmp_path}/shards", "out": "s3://bucket/run", "init": "imagenet", "epochs": 3}
+    assert yaml.safe_load(made.settings) == sent
+    environment = runtime_environment(tmp_path / "packed", made.settings)
+    assert yaml.safe_load((Path(environment["working_dir"]) / "settings.yaml").read_text()) == sent
+    assert command_line(["train", f"--config={tmp_path}/mine.yaml"], HERE).arguments == ("train", "--config=settings.yaml")
+    with pytest.raises(SubmitError, match=r"--config .*/absent.yaml: .*No such file") as error:
+        command_line(["train", "--config", "absent.yaml"], tmp_path)
+    assert error.value.code == 2
+
+
+@pytest.mark.parametrize(
+    ("command", "said"),
+    [
+        (["train", "--data", "x", "--out", "y", "--epochs", "0"], "setting 'epochs' is '0'"),
+        (["train", "--dat", "x"], "No such option: --dat"),
+        (["ingest", "nih", "--size", "many"], "'many'"),
+        (["evaluate", "--data", "x"], "setting 'bundle'"),
+        (["predict", "--config", "absent.yaml"], "absent.yaml"),
+    ],
+)
+def test_what_the_command_would_refuse_is_refused_before_anything_is_sent(command, said):
+    done = run_submit("--address", "http://127.0.0.1:9", *command)
+    assert (done.returncode, done.stdout, done.stderr.count("\n")) == (2, "", 1)
+    assert said in done.stderr
+
+
+def test_a_failed_training_goes_on_where_it_failed_and_others_are_run_again():
+    assert CommandLine(("train", "--out", "x")).again().arguments == ("train", "--out", "x", "--resume")
+    assert CommandLine(("train", "--resume")).again().arguments == ("train", "--resume")
+    assert CommandLine(("compare", "--out", "x")).again().arguments == ("compare", "--out", "x")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["--no-wait", "--retries", "2", "train"], "leave out --retries or --no-wait"),
+        (["--attach", "x", "train"], "--attach x: follows a job that runs already; leave out 'train'"),
+    ],
+)
+def test_options_that_contradict_each_other_are_bad_usage(arguments, said):
+    import ray
+
+    with dashboard(ray.__version__, PYTHON) as address:
+        done = run_submit("--address", address, *arguments)
+    assert (done.returncode, done.stderr.count("\n")) == (2, 1)
+    assert said in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code", "said"),
+    [
+        (["train", "--data", "x", "--out", "y"], 0, "train: options and settings are valid"),
+        (["listen", "--port", "70000"], 2, "setting 'listener.port' is 70000"),
+        (["bundle", "show", "x"], 2, "check bundle: check one of: ingest, train"),
+        ([], 2, "check one of"),
+    ],
+)
+def test_check_goes_as_far_as_the_settings(arguments, code, said, tmp_path):
+    command = [sys.executable, "-m", "cxr_ray", "check", *arguments]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False, cwd=tmp_path)
+    assert (done.returncode, said in done.stdout + done.stderr) == (code, True), done.stderr
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_an_option_without_its_value_is_left_to_the_command():
     assert absolute_paths(["train", "--data"], HERE) == ["train", "--data"]
 
 
 @pytest.mark.parametrize("command", [["serve"], ["rm", "-rf"], []])
 def test_only_jobs_are_submitted(command):
-    with pytest.raises(SubmitError, match="submit one of: ingest, train, evaluate, predict") as error:
-        entrypoint(command, HERE)
+    with pytest.raises(SubmitError, match="submit one of: ingest, train, tune, evaluate, compare, predict") as error:
+        command_line(command, HERE)
     assert error.value.code == 2
 
 
 def test_the_code_is_uploaded_and_nothing_else(tmp_path):
-    environment = runtime_environment(tmp_path)
+    environment = runtime_environment(tmp_path, None)
     assert [Path(module).name for module in environment["py_modules"]] == list(PACKAGES)
     assert environment["env_vars"] == {"RAY_USAGE_STATS_ENABLED": "0", "PYTHONUNBUFFERED": "1"}
     copied = [path for path in tmp_path.rglob("*") if path.is_file()]
-    assert all(path.suffix == ".py" or path.name == "py.typed" for path in copied)
-    assert (tmp_path / "cxr_ray/presets/__init__.py").read_bytes() == (REPOSITORY / "cxr_ray/presets/__init__.py").read_bytes()
+    suffixes = {".py", ".html", ".css", ".js", ".mako"}
+    assert all(path.suffix in suffixes or path.name == "py.typed" for path in copied)
+    # Code, and what it reads beside itself.
+    for part in ("cxr_ray/presets/__init__.py", "cxr_ray/templates/report.html", "serve/store/migrations/script.py.mako"):
+        assert (tmp_path / "packages" / part).read_bytes() == (REPOSITORY / part).read_bytes()
+    assert "working_dir" not in environment
+    assert sum(path.stat().st_size for path in copied) < 5_000_000
 
 
 def test_a_log_that_is_read_again_is_not_printed_again():
@@ -112,7 +225,10 @@ def test_a_log_that_is_read_again_is_not_printed_again():
 def test_an_unknown_command_exits_with_2():
     done = run_submit("trian", "--data", "x")
     assert done.returncode == 2
-    assert done.stderr == "cxr-ray: command 'trian' does not run as a job; submit one of: ingest, train, evaluate, predict\n"
+    assert (
+        done.stderr
+        == "cxr-ray: command 'trian' does not run as a job; submit one of: ingest, train, tune, evaluate, compare, predict\n"
+    )
 
 
 def test_help_names_the_requirements_and_an_example():
@@ -126,7 +242,7 @@ def test_a_closed_port_is_named_at_once():
         unused.bind(("127.0.0.1", 0))
         address = f"http://127.0.0.1:{unused.getsockname()[1]}"
         started = time.monotonic()
-        done = run_submit("--address", address, "train", "--data", "x")
+        done = run_submit("--address", address, "train", "--data", "x", "--out", "y")
     assert time.monotonic() - started < 15
     assert done.returncode == 1
     assert done.stdout == ""
@@ -139,7 +255,7 @@ def test_a_server_that_never_answers_is_given_up_in_seconds():
     with socket.create_server(("127.0.0.1", 0)) as silent:
         address = f"http://127.0.0.1:{silent.getsockname()[1]}"
         started = time.monotonic()
-        done = run_submit("train", RAY_API_SERVER_ADDRESS=address)
+        done = run_submit("train", "--data", "x", "--out", "y", RAY_API_SERVER_ADDRESS=address)
     assert time.monotonic() - started < 15
     assert (done.returncode, done.stderr.count("\n")) == (1, 1)
     assert done.stderr.startswith(f"cxr-ray: {address}: no answer (")
@@ -220,8 +336,7 @@ def test_the_token_is_found_where_ray_looks_and_sent_only_when_asked_for(tmp_pat
         with pytest.raises(SubmitError, match=r"refuses the token from .*/wrong"):
             reach(address, tmp_path / "wrong")
         found = reach(address, tmp_path / "right")
-        stop = f"RAY_AUTH_MODE=token RAY_AUTH_TOKEN_PATH={tmp_path}/right ray job stop x --address {address}"
-        assert found.ray_command("job stop x") == stop
+        assert found.options == f" --address {address} --token-file {tmp_path}/right"
 
 
 @pytest.mark.parametrize("package", FORBIDDEN_IMPORTS)

@@ -1,0 +1,143 @@
+"""Reaching a cluster: its address, its token, and whether it runs our versions of Ray and Python.
+
+Ray's token authentication is that of its own clients: a bearer token from RAY_AUTH_TOKEN, from the file that
+RAY_AUTH_TOKEN_PATH names, or from ``~/.ray/auth_token``. It is sent only to a cluster that asks for one.
+"""
+
+import os
+import shlex
+import sys
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import httpx
+
+from cluster.errors import SubmitError
+
+DEFAULT_ADDRESS = "http://127.0.0.1:8265"
+DEFAULT_TOKEN_FILE = "~/.ray/auth_token"  # noqa: S105 - where it lies, not what it is
+ADDRESS_VARIABLE = "RAY_API_SERVER_ADDRESS"
+_SECONDS_TO_ANSWER = 5.0
+
+
+@dataclass(frozen=True)
+class Cluster:
+    """A cluster that answered and runs our versions.
+
+    Attributes
+    ----------
+    address
+        URL of its dashboard.
+    headers
+        What every request carries: the token, where the cluster wants one.
+    token_file
+        The file that the token was read from because it was named; None if it was found elsewhere, or is not wanted.
+    """
+
+    address: str
+    headers: Mapping[str, str]
+    token_file: Path | None = None
+
+    @property
+    def options(self) -> str:
+        """The options by which cxr-ray's own commands reach it, as a shell takes them."""
+        given = ["", "--address", self.address]
+        if self.token_file is not None:
+            given += ["--token-file", str(self.token_file)]
+        return " ".join(shlex.quote(word) if word else word for word in given)
+
+
+def reach(address: str | None, token_file: Path | None) -> Cluster:
+    """Find the cluster and check that it takes our token and runs our versions.
+
+    Parameters
+    ----------
+    address
+        URL of the dashboard; None for RAY_API_SERVER_ADDRESS, else `DEFAULT_ADDRESS`.
+    token_file
+        File with the token; None to look where Ray's own clients look.
+
+    Raises
+    ------
+    SubmitError
+        If it does not answer within seconds, refuses the token, or runs another Ray or Python.
+    """
+    address = (address or os.environ.get(ADDRESS_VARIABLE) or DEFAULT_ADDRESS).rstrip("/")
+    if not address.startswith(("http://", "https://")):
+        raise SubmitError(f"--address {address}: is no http:// or https:// URL; give the dashboard's, as {DEFAULT_ADDRESS}", 2)
+    headers: dict[str, str] = {}
+    used_file = None
+    answer = _get(address, "/api/version", headers)
+    if answer.status_code == httpx.codes.UNAUTHORIZED:
+        token, origin = _token(token_file, address)
+        headers = {"Authorization": f"Bearer {token}"}
+        used_file = None if token_file is None else token_file.absolute()
+        answer = _get(address, "/api/version", headers)
+        if answer.status_code in (httpx.codes.UNAUTHORIZED, httpx.codes.FORBIDDEN):
+            raise SubmitError(f"{address}: refuses the token from {origin}; give the cluster's own with --token-file")
+    _check_ray(address, _field(answer, "ray_version"))
+    metadata = _get(address, "/api/v0/cluster_metadata", headers)
+    _check_python(address, _field(metadata, "data", "pythonVersion"))
+    return Cluster(address, headers, used_file)
+
+
+def _get(address: str, path: str, headers: Mapping[str, str]) -> httpx.Response:
+    try:
+        return httpx.get(f"{address}{path}", headers=dict(headers), timeout=_SECONDS_TO_ANSWER)
+    except (httpx.HTTPError, httpx.InvalidURL) as error:
+        raise SubmitError(
+            f"{address}: no answer ({error or type(error).__name__}); start the cluster, or give the URL of its dashboard "
+            "with --address (port 8265 of the head node unless set otherwise)"
+        ) from None
+
+
+def _field(answer: httpx.Response, *names: str) -> str | None:
+    """A text in a JSON answer, None where it is not there."""
+    try:
+        value: Any = answer.json()
+    except ValueError:
+        return None
+    for name in names:
+        value = value.get(name) if isinstance(value, dict) else None
+    return value if isinstance(value, str) else None
+
+
+def _token(token_file: Path | None, address: str) -> tuple[str, str]:
+    """The token, and where it comes from."""
+    in_environment = os.environ.get("RAY_AUTH_TOKEN", "").strip()
+    if token_file is None and in_environment:
+        return in_environment, "RAY_AUTH_TOKEN"
+    named = os.environ.get("RAY_AUTH_TOKEN_PATH")
+    path = token_file or Path(named or DEFAULT_TOKEN_FILE).expanduser()
+    remedy = "give the file with the cluster's token with --token-file or RAY_AUTH_TOKEN_PATH"
+    try:
+        token = path.read_text(encoding="utf-8").strip()
+    except (OSError, UnicodeDecodeError) as error:
+        reason = getattr(error, "strerror", None) or "no text"
+        raise SubmitError(f"{address}: wants a token, and {path} cannot be read ({reason}); {remedy}") from None
+    if not token.isascii() or not token.isprintable() or not token:
+        raise SubmitError(f"{address}: wants a token, and {path} holds none; {remedy}")
+    return token, str(path)
+
+
+def _check_ray(address: str, version: str | None) -> None:
+    import ray  # noqa: PLC0415 - takes a second that wrong addresses and tokens need not wait for
+
+    if version is None:
+        raise SubmitError(f"{address}: is no Ray dashboard; give its URL with --address (port 8265 unless set otherwise)")
+    if _minor(version) != _minor(ray.__version__):
+        raise SubmitError(
+            f"{address}: runs Ray {version}, here is Ray {ray.__version__}; install ray=={version} here, or the other there"
+        )
+
+
+def _check_python(address: str, version: str | None) -> None:
+    here = ".".join(map(str, sys.version_info[:3]))
+    if version is not None and _minor(version) != _minor(here):
+        raise SubmitError(f"{address}: runs Python {version}, here is Python {here}; submit from Python {_minor(version)}")
+
+
+def _minor(version: str) -> str:
+    return ".".join(version.split(".")[:2])

@@ -1,0 +1,133 @@
+"""`cxr-ray jobs`: what runs and ran on a Ray cluster."""
+
+import json as json_module
+import sys
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+from rich.console import Console
+from rich.table import Table
+
+from cluster.connection import Cluster, reach
+from cluster.errors import SubmitError, last_line
+from cluster.job import Job
+from cluster.submit import client_of
+
+if TYPE_CHECKING:
+    from ray.job_submission import JobDetails
+
+Address = Annotated[
+    str | None, typer.Option(help="URL of the cluster's dashboard [RAY_API_SERVER_ADDRESS, else http://127.0.0.1:8265].")
+]
+TokenFile = Annotated[Path | None, typer.Option(help="File with the cluster's token.")]
+SubmissionId = Annotated[str, typer.Argument(metavar="ID", help="Submission id, as 'list' prints it.")]
+# What goes before the command that was submitted.
+_INTERPRETER = "python -P -m cxr_ray "
+
+jobs = typer.Typer(help="Jobs on a Ray cluster.", add_completion=False, pretty_exceptions_enable=False, no_args_is_help=True)
+
+
+@jobs.command("list")
+def list_jobs(
+    address: Address = None,
+    token_file: TokenFile = None,
+    json: Annotated[bool, typer.Option("--json", help="Print them as JSON.")] = False,
+) -> None:
+    """List submitted jobs, the last first: id, state, when it began, how long it took, what it runs."""
+    cluster = _reached(address, token_file)
+    found = [job for job in client_of(cluster).list_jobs() if job.submission_id]
+    found.sort(key=lambda job: job.start_time or 0, reverse=True)
+    if json:
+        sys.stdout.write(json_module.dumps([_as_json(job) for job in found], indent=2) + "\n")
+        return
+    shown = Table(title=f"{len(found)} jobs", title_justify="left", box=None, pad_edge=False)
+    for name in ("id", "state", "began (UTC)", "took", "command"):
+        shown.add_column(name, overflow="fold", justify="right" if name == "took" else "left")
+    for job in found:
+        shown.add_row(job.submission_id, job.status.value.lower(), _began(job), _took(job), _command(job))
+    Console().print(shown)
+
+
+@jobs.command("logs")
+def print_log(
+    submission_id: SubmissionId,
+    address: Address = None,
+    token_file: TokenFile = None,
+    follow: Annotated[bool, typer.Option("--follow", help="Go on to the job's end; its exit code is this command's.")] = False,
+) -> None:
+    """Print a job's log."""
+    job = _known(submission_id, _reached(address, token_file))
+    if follow:
+        raise SystemExit(job.follow(_write, _notice))
+    _write(job.log())
+
+
+@jobs.command("stop")
+def stop_job(submission_id: SubmissionId, address: Address = None, token_file: TokenFile = None) -> None:
+    """End a job; what it has written stays, and the same command goes on from there."""
+    job = _known(submission_id, _reached(address, token_file))
+    _notice(f"job {submission_id} {'is being stopped' if job.stop() else 'had ended already'}")
+
+
+def _reached(address: str | None, token_file: Path | None) -> Cluster:
+    try:
+        return reach(address, token_file)
+    except SubmitError as error:
+        raise _failed(error) from None
+
+
+def _known(submission_id: str, cluster: Cluster) -> Job:
+    try:
+        job = Job(client_of(cluster), cluster, submission_id)
+        job.require()
+    except SubmitError as error:
+        raise _failed(error) from None
+    return job
+
+
+def _failed(error: SubmitError) -> SystemExit:
+    _notice(str(error))
+    return SystemExit(error.code)
+
+
+def _as_json(job: "JobDetails") -> dict[str, object]:
+    return {
+        "submission_id": job.submission_id,
+        "state": job.status.value.lower(),
+        "command": _command(job),
+        "began": None if job.start_time is None else _moment(job.start_time).isoformat(),
+        "ended": None if not job.end_time else _moment(job.end_time).isoformat(),
+        "exit_code": job.driver_exit_code,
+        "message": last_line(job.message or "") if job.message else None,
+    }
+
+
+def _command(job: "JobDetails") -> str:
+    return job.entrypoint.removeprefix(_INTERPRETER)
+
+
+def _began(job: "JobDetails") -> str:
+    return "" if job.start_time is None else f"{_moment(job.start_time):%m-%d %H:%M}"
+
+
+def _took(job: "JobDetails") -> str:
+    if job.start_time is None:
+        return ""
+    ended = _moment(job.end_time) if job.end_time else datetime.now(UTC)
+    minutes, seconds = divmod(int((ended - _moment(job.start_time)).total_seconds()), 60)
+    return f"{minutes}:{seconds:02d}"
+
+
+def _moment(milliseconds: int) -> datetime:
+    return datetime.fromtimestamp(milliseconds / 1000, UTC)
+
+
+def _write(text: str) -> None:
+    sys.stdout.write(text)
+    sys.stdout.flush()
+
+
+def _notice(text: str) -> None:
+    sys.stderr.write(f"cxr-ray: {text}\n")
