@@ -139,6 +139,23 @@ class LocalCluster:
         command = self.command(*arguments, token_file=token_file)
         return subprocess.run(command, env=clean_environment(), capture_output=True, text=True, timeout=240, check=False)
 
+    def jobs(self, *arguments: str) -> "subprocess.CompletedProcess[str]":
+        where = ["--address", self.address, "--token-file", str(self.token_file)]
+        command = [sys.executable, "-m", "cxr_ray", "jobs", arguments[0], *where, *arguments[1:]]
+        environment = clean_environment() | {"COLUMNS": "80"}
+        return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120, check=False)
+
+    def process_with(self, *words: str) -> int:
+        """The process of the cluster whose command line holds these words, and is no shell's."""
+        found = []
+        for process in (process for node in self._nodes for process in self.processes(node)):
+            with suppress(FileNotFoundError, ProcessLookupError):
+                command = Path(f"/proc/{process}/cmdline").read_bytes().decode().split("\0")
+                if set(words) <= set(command):
+                    found.append(process)
+        assert len(found) == 1, found
+        return found[0]
+
     def _start(self, options: list[str], cpus: int) -> Node:
         before = self.alive() if self._nodes else set()
         log = self._folder / f"{len(list(self._folder.glob('*.log')))}.log"

@@ -139,7 +139,7 @@ def test_a_settings_file_is_read_here_and_travels(tmp_path):
     [
         (["train", "--data", "x", "--out", "y", "--epochs", "0"], "setting 'epochs' is '0'"),
         (["train", "--dat", "x"], "No such option: --dat"),
-        (["ingest", "nih", "--size", "many"], "'many'"),
+        (["ingest", "nih", "--size", "many"], "Invalid value for '--size'"),
         (["evaluate", "--data", "x"], "setting 'bundle'"),
         (["predict", "--config", "absent.yaml"], "absent.yaml"),
     ],

@@ -115,6 +115,38 @@ def test_a_log_is_followed_over_a_lost_connection_and_the_bundle_is_intact(undis
     assert (verified.returncode, "intact" in verified.stdout) == (0, True), verified.stderr
 
 
+def test_jobs_are_listed_printed_and_followed_again(cluster, undisturbed):
+    listed = json.loads(cluster.jobs("list", "--json").stdout)
+    trained = next(job for job in listed if job["command"].startswith("train "))
+    assert (trained["state"], trained["exit_code"]) == ("succeeded", 0)
+    assert listed == sorted(listed, key=lambda job: job["began"], reverse=True)
+    table = cluster.jobs("list")
+    assert trained["submission_id"] in table.stdout.replace("\n", "")
+    assert max(map(len, table.stdout.splitlines())) <= 80
+    again = cluster.submit("--attach", trained["submission_id"])
+    assert (again.returncode, again.stdout) == (0, cluster.jobs("logs", trained["submission_id"]).stdout)
+    assert f"train: epoch {EPOCHS}/{EPOCHS}" in again.stdout
+    for asked in (cluster.submit("--attach", "nobody"), cluster.jobs("logs", "nobody"), cluster.jobs("stop", "nobody")):
+        assert (asked.returncode, asked.stderr.count("\n")) == (1, 1)
+        assert "job 'nobody' is not known" in asked.stderr
+
+
+def test_a_killed_command_is_submitted_again_and_goes_on_and_a_stopped_one_is_not(cluster, dataset, tmp_path):
+    run = tmp_path / "run"
+    with watched(cluster.command("--retries", "1", *train(dataset, run))) as job:
+        job.wait_for(STARTED)
+        job.wait_for(f"train: epoch 1/{EPOCHS}")
+        os.kill(cluster.process_with("train", str(run)), signal.SIGKILL)
+        job.wait_for(r"cxr-ray: submitting it again \(1 of 1\)")
+        submission_id = job.wait_for("raysubmit_.*")[0]
+        job.wait_for(GOING_ON)
+        stopped = cluster.jobs("stop", submission_id)
+        assert (stopped.returncode, "is being stopped" in stopped.stderr) == (0, True)
+        job.wait_for(f"cxr-ray: job {submission_id} was stopped")
+        assert job.finish() == 1
+    assert "submitting it again (2" not in job.said
+
+
 def test_workers_that_no_node_can_hold_fail_the_job_at_once(cluster, dataset, tmp_path):
     """Two of 2.5 CPUs are the five that the cluster has, and its second node has two."""
     with watched(cluster.command(*train(dataset, tmp_path / "run", workers=2, cpus=2.5))) as job:
