@@ -13,6 +13,7 @@ from cxr_ray.evaluate_settings import EvaluateSettings
 from cxr_ray.options import settings_command
 from cxr_ray.progress import ProgressReport
 from cxr_ray.ray_session import ray_session
+from cxr_ray.shared_paths import check_shared
 from cxr_ray.terminal import command_group, console, print_json, print_settings, table
 from cxr_ray.train_settings import TrainSettings
 from cxr_ray.tune_settings import TuneSettings
@@ -34,6 +35,8 @@ def _train(settings: TrainSettings, json: bool) -> None:
     # Before Ray is started, which takes a while, and only then looks.
     check_data(settings, Dataset(settings.data))
     with ray_session(), ProgressReport("train", 0, "images") as progress:
+        weights = None if settings.init in {"random", "imagenet"} else settings.init
+        check_shared({"data": settings.data, "init": weights}, {"out": settings.out})
         description = train_preset(settings, TrainingView(progress, settings.epochs))
     bundle_uri = storage.shown(storage.child(settings.out, "bundle"))
     if json:
@@ -56,6 +59,7 @@ def _evaluate(settings: EvaluateSettings, json: bool) -> None:
     read_description(settings.bundle)
     Dataset(settings.data)
     with ray_session():
+        check_shared({"bundle": settings.bundle, "data": settings.data}, {"out": settings.out, "scores": settings.scores})
         evaluation = evaluate_bundle(settings)
     if json:
         print_json(evaluation.to_json())
@@ -86,6 +90,7 @@ def _tune(settings: TuneSettings, json: bool) -> None:
     print_settings("tune", settings)
     Dataset(settings.data)
     with ray_session(), ProgressReport("tune", settings.trials * settings.epochs, "epochs") as progress:
+        check_shared({"data": settings.data}, {"out": settings.out})
 
         def watch(trial: str, epoch: int, auc: float) -> None:
             progress.advance(1)

@@ -6,6 +6,7 @@ from cxr_ray import storage
 from cxr_ray.compare_settings import CompareSettings
 from cxr_ray.options import settings_command
 from cxr_ray.ray_session import ray_session
+from cxr_ray.shared_paths import check_shared
 from cxr_ray.terminal import console, print_json, print_settings
 
 
@@ -19,6 +20,7 @@ def _compare(settings: CompareSettings, json: bool) -> None:
     # Before Ray is started, which takes a while, and the first network trained, which takes hours.
     plan = make_plan(settings)
     with ray_session():
+        check_shared({"data": settings.data}, {"out": settings.out})
         comparison = compare_networks(plan, _tell)
     write_files(comparison, settings.out)
     if json:

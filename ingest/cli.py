@@ -8,6 +8,7 @@ import typer
 from cxr_ray.dataset import Manifest
 from cxr_ray.ray_session import ray_session
 from cxr_ray.settings import load_settings
+from cxr_ray.shared_paths import check_shared
 from cxr_ray.terminal import command_group, console, print_json, print_settings
 
 app = command_group("Turn a release, DICOM files or phantoms into a dataset.")
@@ -72,6 +73,8 @@ def nih(
     settings = load_settings(NihSettings, config, flags)
     print_settings("ingest nih", settings)
     with ray_session():
+        lists = {"train_list": settings.train_list, "val_list": settings.val_list, "test_list": settings.test_list}
+        check_shared({"release": settings.release, **lists}, {"out": settings.out})
         _print_manifest(settings.out, ingest_nih(settings), as_json=json)
 
 
@@ -112,6 +115,7 @@ def dicom(
     settings = load_settings(DicomSettings, config, flags)
     print_settings("ingest dicom", settings)
     with ray_session():
+        check_shared({"source": settings.source, "labels": settings.labels}, {"out": settings.out})
         _print_manifest(settings.out, ingest_dicom(settings), as_json=json)
 
 
@@ -130,6 +134,7 @@ def phantom(
     settings = load_settings(PhantomSettings, config, flags)
     print_settings("ingest phantom", settings)
     with ray_session():
+        check_shared({}, {"out": settings.out})
         images = make_release(settings)
     console.print(f"{settings.patients} patients, {images} images in {settings.out}")
     console.print(f"next: cxr-ray ingest nih --release {settings.out} --out DATASET --size 64")

@@ -7,6 +7,7 @@ from cxr_ray.cpus import available_cpus
 from cxr_ray.errors import CxrRayError
 from cxr_ray.options import settings_command
 from cxr_ray.ray_session import ray_session
+from cxr_ray.shared_paths import check_shared
 from cxr_ray.terminal import console, print_json, print_settings, table
 from serve.batch_settings import PredictSettings
 
@@ -22,6 +23,7 @@ def _predict(settings: PredictSettings, json: bool) -> None:
     plan = batch.make_plan(settings)
     # The network and the decoders run at the same time, if need be on one CPU.
     with ray_session(local_cpus=max(available_cpus(), settings.workers + 1)):
+        check_shared({"bundle": settings.bundle, "input": settings.input}, {"out": settings.out})
         summary = batch.predict(plan)
     if json:
         print_json(_as_json(settings, summary))

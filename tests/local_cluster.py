@@ -3,6 +3,7 @@
 import os
 import re
 import secrets
+import shlex
 import shutil
 import signal
 import socket
@@ -88,8 +89,9 @@ class LocalCluster:
         ports = ["--port", str(self._port), "--dashboard-port", str(self._dashboard)]
         return self._start(["--head", *ports, "--ray-client-server-port", str(self._client)], cpus)
 
-    def start_node(self, cpus: int) -> Node:
-        return self._start(["--address", f"127.0.0.1:{self._port}"], cpus)
+    def start_node(self, cpus: int, *, hidden: Path | None = None) -> Node:
+        """Start a node; `hidden` is a folder in which it finds nothing, as on another machine."""
+        return self._start(["--address", f"127.0.0.1:{self._port}"], cpus, hidden)
 
     @staticmethod
     def processes(node: Node) -> list[int]:
@@ -156,14 +158,18 @@ class LocalCluster:
         assert len(found) == 1, found
         return found[0]
 
-    def _start(self, options: list[str], cpus: int) -> Node:
+    def _start(self, options: list[str], cpus: int, hidden: Path | None = None) -> Node:
         before = self.alive() if self._nodes else set()
         log = self._folder / f"{len(list(self._folder.glob('*.log')))}.log"
         agent = free_ports(1)[0]
         command = [*RAY, "start", "--block", *options, "--num-cpus", str(cpus), "--dashboard-agent-listen-port", str(agent)]
+        command += OBJECT_STORE
+        if hidden is not None:
+            covered = f"mount -t tmpfs none {shlex.quote(str(hidden))} && exec {shlex.join(command)}"
+            command = ["unshare", "--mount", "sh", "-c", covered]
         with log.open("wb") as stream:
             process = subprocess.Popen(
-                [*command, *OBJECT_STORE],
+                command,
                 env=self._environment,
                 cwd=self._folder,
                 stdout=stream,

@@ -164,6 +164,22 @@ def test_workers_that_no_node_can_hold_fail_the_job_at_once(cluster, dataset, tm
     assert submission_id in again.stderr
 
 
+@pytest.mark.skipif(os.geteuid() != 0, reason="only root gives a process a file system of its own")
+def test_a_path_that_one_node_does_not_see_is_refused_before_anything_is_written(cluster, dataset, tmp_path):
+    node = cluster.start_node(1, hidden=dataset.parent)
+    try:
+        unseen = cluster.submit(*train(dataset, tmp_path / "run"))
+        unwritten = cluster.submit("ingest", "phantom", "--patients", "2", "--out", str(dataset.parent / "other"))
+    finally:
+        cluster.kill(node)
+    for done, said in ((unseen, f"data {dataset}: node"), (unwritten, f"out {dataset.parent}/other: node")):
+        assert done.returncode == 1, done.stdout
+        assert said in done.stdout, done.stdout
+        assert "does not see it; put it on storage that every node mounts" in done.stdout
+    assert not (tmp_path / "run").exists()
+    assert not (dataset.parent / "other").exists()
+
+
 def test_a_job_hands_on_the_exit_code_of_bad_usage(cluster, tmp_path):
     bad_usage = cluster.submit("train", "--data", str(tmp_path), "--out", str(tmp_path / "run"), "--epochs", "0")
     assert bad_usage.returncode == 2, bad_usage.stdout + bad_usage.stderr
