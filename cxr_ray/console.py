@@ -26,6 +26,7 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "audit": ("serve.audit_cli:audit", "Who read or changed which study"),
     "submit": ("cluster.cli:submit", "Run ingest, train, tune, evaluate, compare or predict as a job on a Ray cluster"),
     "jobs": ("cluster.jobs_cli:jobs", "Jobs on a Ray cluster (list, logs, stop)"),
+    "cluster": ("cluster.local_cli:local", "A Ray cluster of several nodes on this machine (up, status, down)"),
 }
 # Those that begin with their settings: 'cxr-ray check COMMAND ...' goes that far.
 CHECKED = ("ingest", "train", "tune", "evaluate", "compare", "predict", "serve", "listen", "demo")
