@@ -7,8 +7,11 @@ leave the folder. There is no index that could disagree with the files: listing 
 
 ::
 
-    incoming/  being written; removed when its writer is gone      ready/  accepted, to be answered, oldest first
-    done/      answered, kept for a while to recognise re-sends     dead/   <name> and <name>.json with the reason
+    incoming/   being written; removed when its writer is gone     ready/  accepted, to be answered, oldest first
+    done/       answered, kept for a while to recognise re-sends    dead/   <name> and <name>.json with the reason
+    conflicts/  other bytes under a UID that was taken, with <name>.json; nobody answers them
+    filed/      accepted to be kept unread; nobody answers them
+    known/      which content came first under a UID, as links that point to its digest; made anew from the files
 """
 
 import contextlib
@@ -19,85 +22,37 @@ import logging
 import os
 import shutil
 import time
-import uuid
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Mapping
 from datetime import UTC, datetime
-from enum import Enum
-from io import BytesIO
 from pathlib import Path
-
-import pydicom.config
-from pydicom.dataelem import DataElement
-from pydicom.dataset import FileMetaDataset
-from pydicom.filewriter import write_file_meta_info
 
 from cxr_ray.errors import CxrRayError
 from serve.instance_names import instance_names, short_digest
+from serve.node.arrival import Arrival
+from serve.node.claims import Claims
+from serve.node.file_meta import IMPLEMENTATION_CLASS_UID, IMPLEMENTATION_VERSION_NAME, read_meta
+from serve.node.spool_records import Conflict, DeadLetter, Origin, SpooledInstance, Stored
 
-IMPLEMENTATION_CLASS_UID = "2.25.322980158282305504265312806421250201875"
-IMPLEMENTATION_VERSION_NAME = "CXRRAY_1"
-_FOLDERS = ("incoming", "ready", "done", "dead")
+__all__ = [
+    "FOLDERS",
+    "IMPLEMENTATION_CLASS_UID",
+    "IMPLEMENTATION_VERSION_NAME",
+    "TRAVEL",
+    "Conflict",
+    "DeadLetter",
+    "Origin",
+    "Spool",
+    "SpooledInstance",
+    "Stored",
+    "name_of",
+]
+
+# Where an instance that is to be answered can be, in the order in which it travels: whoever looks for one looks in this
+# order, or misses a file that moves between two looks.
+TRAVEL = ("ready", "done", "dead")
+FOLDERS = ("incoming", *TRAVEL, "conflicts", "filed", "known")
 
 _log = logging.getLogger(__name__)
-
-
-class Stored(Enum):
-    """What `Spool.store` found; both mean that the instance is safe."""
-
-    NEW = "new"
-    DUPLICATE = "duplicate"
-
-
-@dataclass(frozen=True)
-class Origin:
-    """What the file meta group says about received bytes (PS3.10 section 7.1).
-
-    Parameters
-    ----------
-    sop_class_uid, sop_instance_uid : str
-        As in the C-STORE command set.
-    transfer_syntax_uid : str
-        The syntax in which the data set is encoded.
-    calling_ae : str
-        Title of the sender; anything outside printable ASCII is dropped.
-    """
-
-    sop_class_uid: str
-    sop_instance_uid: str
-    transfer_syntax_uid: str
-    calling_ae: str = ""
-
-
-@dataclass(frozen=True)
-class SpooledInstance:
-    """An accepted instance: where it lies and the identifiers under which its answer is filed."""
-
-    path: Path
-    name: str
-    content_digest: str
-    sop_class_uid: str
-    sop_instance_uid: str
-    study_instance_uid: str
-    series_instance_uid: str
-    patient_id: str | None
-    accession_number: str | None
-    study_date: str | None
-    calling_ae: str | None
-    received_at: datetime
-
-
-@dataclass(frozen=True)
-class DeadLetter:
-    """An instance that was given up. `status` is the HTTP status that decided it; identifiers may be unknown."""
-
-    name: str
-    reason: str
-    status: int | None
-    when: datetime
-    attempts: int
-    sop_instance_uid: str | None
-    study_instance_uid: str | None
 
 
 class Spool:
@@ -116,18 +71,72 @@ class Spool:
 
     def __init__(self, root: Path) -> None:
         self.root = Path(root)
-        self._incoming, self._ready, self._done, self._dead = (self.root / name for name in _FOLDERS)
+        self._incoming, self._ready, self._done, self._dead, self._conflicts, self._filed = (
+            self.root / name for name in ("incoming", "ready", "done", "dead", "conflicts", "filed")
+        )
+        self._travel = tuple(self.root / name for name in TRAVEL)
+        self._claims = Claims(self.root / "known", self._travel)
         try:
-            for name in _FOLDERS:
+            for name in FOLDERS:
                 _make_durably(self.root / name)
             self._remove_leftovers()
+            self._claims.renew()
         except OSError as error:
             raise CxrRayError(
                 f"spool {self.root}: {error.strerror}; name a folder on a local disk that this user can write"
             ) from error
 
+    def receive(self, origin: Origin) -> Arrival:
+        """Begin to receive a data set; `keep` or `file_unread` decides what becomes of it.
+
+        Raises
+        ------
+        OSError
+            When no file can be made.
+        """
+        return Arrival(self._incoming, origin.file_head())
+
+    def keep(self, arrival: Arrival, origin: Origin) -> Stored:
+        """Make a received data set durable under its final name; `arrival` has been flushed and is closed by its owner.
+
+        Raises
+        ------
+        OSError
+            When the bytes could not be made durable; nothing is promised then (PS3.4 Annex B: status A7xx).
+        """
+        name = name_of(origin.sop_instance_uid, arrival.digest())
+        if self._is_kept(name, (*self._travel, self._conflicts)):
+            _log.info("%s: received again from %r", name, origin.calling_ae)
+            return Stored.DUPLICATE
+        arrival.sync()
+        first = self._claims.take(name)
+        if first != name:
+            self._keep_aside(arrival, name, first, origin)
+            return Stored.CONFLICT
+        arrival.rename(self._ready / name)
+        _sync_folder(self._ready)
+        _log.info("%s: received %d bytes from %r", name, arrival.size, origin.calling_ae)
+        return Stored.NEW
+
+    def file_unread(self, arrival: Arrival, origin: Origin) -> Stored:
+        """Make a received data set durable in ``filed/``, where nobody answers it.
+
+        Raises
+        ------
+        OSError
+            As `keep`.
+        """
+        name = name_of(origin.sop_instance_uid, arrival.digest())
+        if self._is_kept(name, (self._filed,)):
+            return Stored.DUPLICATE
+        arrival.sync()
+        arrival.rename(self._filed / name)
+        _sync_folder(self._filed)
+        _log.info("%s: filed %d bytes from %r unread", name, arrival.size, origin.calling_ae)
+        return Stored.NEW
+
     def store(self, data: bytes | memoryview, origin: Origin) -> Stored:
-        """Make a received data set durable under its final name.
+        """Make a data set that is in memory durable under its final name.
 
         Parameters
         ----------
@@ -144,25 +153,16 @@ class Spool:
         Raises
         ------
         OSError
-            When the bytes could not be made durable; nothing is promised then (PS3.4 Annex B: status A7xx).
+            As `keep`.
         """
         name = name_of(origin.sop_instance_uid, short_digest(data))
-        # In the order in which a file travels, or one that moves between two looks is missed.
-        for folder in (self._ready, self._done, self._dead):
-            if (folder / name).exists():
-                # The thread that wrote it may not have come to this yet, and a duplicate is a promise too.
-                _sync_folder(folder)
-                _log.info("%s: received again from %r", name, origin.calling_ae)
-                return Stored.DUPLICATE
-        with self._writing() as (descriptor, path):
-            with os.fdopen(os.dup(descriptor), "wb") as file:
-                file.write(_file_head(origin))
-                file.write(data)
-            os.fsync(descriptor)
-            path.rename(self._ready / name)
-        _sync_folder(self._ready)
-        _log.info("%s: received %d bytes from %r", name, len(data), origin.calling_ae)
-        return Stored.NEW
+        if self._is_kept(name, (*self._travel, self._conflicts)):
+            _log.info("%s: received again from %r", name, origin.calling_ae)
+            return Stored.DUPLICATE
+        with self.receive(origin) as arrival:
+            arrival.add(data)
+            arrival.flush()
+            return self.keep(arrival, origin)
 
     def pending(self) -> list[str]:
         """Return the names in ``ready/``, oldest first (time of receipt, then name)."""
@@ -196,6 +196,7 @@ class Spool:
             name=name,
             content_digest=name.removesuffix(".dcm").rpartition("-")[2],
             received_at=received,
+            peer_address=_address_in(path),
             **vars(names),
         )
 
@@ -216,11 +217,7 @@ class Spool:
             "sop_instance_uid": instance.sop_instance_uid if instance else None,
             "study_instance_uid": instance.study_instance_uid if instance else None,
         }
-        with self._writing() as (descriptor, path):
-            with os.fdopen(os.dup(descriptor), "w", encoding="utf-8") as file:
-                json.dump(letter, file)
-            os.fsync(descriptor)
-            path.rename(self._sidecar(name))
+        self._write_durably(letter, self._sidecar(name))
         _sync_folder(self._dead)
         self._move(name, self._ready, self._dead)
 
@@ -243,9 +240,23 @@ class Spool:
         self._sidecar(name).unlink(missing_ok=True)
         _sync_folder(self._dead)
 
+    def conflicts(self) -> list[Conflict]:
+        """Return what came under a UID that was taken, oldest first."""
+        found = [self._conflict(path.name) for path in self._conflicts.glob("*.dcm")]
+        return sorted(found, key=lambda conflict: (conflict.when, conflict.name))
+
+    def count(self, folder: str) -> int:
+        """Count the instances in one of the spool's folders."""
+        with os.scandir(self.root / folder) as entries:
+            return sum(entry.name.endswith(".dcm") for entry in entries)
+
+    def free_bytes(self) -> int:
+        """Tell what is left on the spool's file system."""
+        return shutil.disk_usage(self.root).free
+
     def has_room(self, min_free_bytes: int) -> bool:
         """Tell whether the spool's file system has `min_free_bytes` left."""
-        return shutil.disk_usage(self.root).free >= min_free_bytes
+        return self.free_bytes() >= min_free_bytes
 
     def sweep(self, keep_done_seconds: float, keep_done_count: int | None = None) -> int:
         """Remove answered instances that are older than wanted or more than wanted; return how many.
@@ -265,8 +276,46 @@ class Spool:
         for rank, (answered, path) in enumerate(newest_first):
             if answered < oldest_kept or (keep_done_count is not None and rank >= keep_done_count):
                 path.unlink(missing_ok=True)
+                self._claims.forget(path.name)
                 removed += 1
         return removed
+
+    def _is_kept(self, name: str, folders: tuple[Path, ...]) -> bool:
+        for folder in folders:
+            if (folder / name).exists():
+                # The thread that wrote it may not have come to this yet, and a duplicate is a promise too.
+                _sync_folder(folder)
+                return True
+        return False
+
+    def _keep_aside(self, arrival: Arrival, name: str, first: str, origin: Origin) -> None:
+        """Reason first, durably, then the bytes."""
+        reason = {
+            "reason": "another data set came under a SOP Instance UID that was taken",
+            "first": first,
+            "when": datetime.now(UTC).isoformat(),
+            "sop_instance_uid": origin.sop_instance_uid,
+            "calling_ae": origin.calling_ae or None,
+            "peer_address": origin.peer_address or None,
+        }
+        self._write_durably(reason, self._conflicts / f"{name}.json")
+        arrival.rename(self._conflicts / name)
+        _sync_folder(self._conflicts)
+        _log.warning("%s: other bytes under the UID of %s, from %r; kept in conflicts/", name, first, origin.calling_ae)
+
+    def _conflict(self, name: str) -> Conflict:
+        try:
+            known = json.loads((self._conflicts / f"{name}.json").read_text(encoding="utf-8"))
+            del known["reason"]
+            return Conflict(name, **{**known, "when": datetime.fromisoformat(known["when"])})
+        except (OSError, ValueError, KeyError, TypeError):
+            return Conflict(name, "", datetime.fromtimestamp(0, UTC), None, None, None)
+
+    def _write_durably(self, content: Mapping[str, object], path: Path) -> None:
+        with Arrival(self._incoming, json.dumps(content).encode()) as file:
+            file.flush()
+            file.sync()
+            file.rename(path)
 
     def _move(self, name: str, source: Path, target: Path) -> bool:
         moved = True
@@ -290,24 +339,11 @@ class Spool:
         except (OSError, ValueError, KeyError, TypeError):
             return DeadLetter(name, "the reason was lost", None, datetime.fromtimestamp(0, UTC), 0, None, None)
 
-    @contextlib.contextmanager
-    def _writing(self) -> Iterator[tuple[int, Path]]:
-        # The lock says that the writer lives: another process that opens the spool removes only what nobody holds.
-        while True:
-            path = self._incoming / uuid.uuid4().hex
-            descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
-            fcntl.flock(descriptor, fcntl.LOCK_EX)
-            if os.fstat(descriptor).st_nlink:
-                break
-            os.close(descriptor)
-        try:
-            yield descriptor, path
-        finally:
-            path.unlink(missing_ok=True)
-            os.close(descriptor)
-
     def _remove_leftovers(self) -> None:
         for path in self._incoming.iterdir():
+            if path.is_symlink():
+                path.unlink(missing_ok=True)
+                continue
             with contextlib.suppress(FileNotFoundError, BlockingIOError):
                 descriptor = os.open(path, os.O_RDWR | os.O_CLOEXEC)
                 try:
@@ -322,25 +358,11 @@ def name_of(sop_instance_uid: str, content_digest: str) -> str:
     return f"{hashlib.sha256(sop_instance_uid.encode()).hexdigest()[:32]}-{content_digest}.dcm"
 
 
-def _file_head(origin: Origin) -> bytes:
-    meta = FileMetaDataset()
-    title = "".join(letter for letter in origin.calling_ae if " " <= letter <= "~" and letter != "\\").strip()[:16]
-    for keyword, representation, value in (
-        ("FileMetaInformationVersion", "OB", b"\x00\x01"),
-        ("MediaStorageSOPClassUID", "UI", origin.sop_class_uid),
-        ("MediaStorageSOPInstanceUID", "UI", origin.sop_instance_uid),
-        ("TransferSyntaxUID", "UI", origin.transfer_syntax_uid),
-        ("ImplementationClassUID", "UI", IMPLEMENTATION_CLASS_UID),
-        ("ImplementationVersionName", "SH", IMPLEMENTATION_VERSION_NAME),
-        ("SourceApplicationEntityTitle", "AE", title),
-    ):
-        # Unvalidated: real archives hold UIDs with leading zeros, and a warning would print them.
-        if value:
-            meta.add(DataElement(keyword, representation, value, validation_mode=pydicom.config.IGNORE))
-    head = BytesIO(b"\x00" * 128 + b"DICM")
-    head.seek(0, os.SEEK_END)
-    write_file_meta_info(head, meta, enforce_standard=True)
-    return head.getvalue()
+def _address_in(path: Path) -> str | None:
+    try:
+        return read_meta(path).source_address or None
+    except ValueError:
+        return None
 
 
 def _make_durably(folder: Path) -> None:
