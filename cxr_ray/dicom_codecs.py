@@ -15,45 +15,13 @@ from PIL import Image
 from pydicom.dataset import Dataset
 from pydicom.encaps import get_frame
 from pydicom.pixels import convert_color_space, get_decoder
-from pydicom.uid import (
-    HTJ2K,
-    JPEG2000,
-    UID,
-    DeflatedExplicitVRLittleEndian,
-    ExplicitVRBigEndian,
-    ExplicitVRLittleEndian,
-    HTJ2KLossless,
-    HTJ2KLosslessRPCL,
-    ImplicitVRLittleEndian,
-    JPEG2000Lossless,
-    JPEGBaseline8Bit,
-    JPEGExtended12Bit,
-    JPEGLossless,
-    JPEGLosslessSV1,
-    JPEGLSLossless,
-    JPEGLSNearLossless,
-    RLELossless,
-)
+from pydicom.uid import UID
 
 from cxr_ray.dicom_layout import PixelLayout, stored_bits
 from cxr_ray.dicom_values import printable, text
 from cxr_ray.isolated_jpeg import JpegFrame, decode_isolated
 from cxr_ray.pixels import DamagedImage, UnsupportedImage
-
-_NATIVE = (ImplicitVRLittleEndian, ExplicitVRLittleEndian, ExplicitVRBigEndian, DeflatedExplicitVRLittleEndian)
-_ISOLATED = (JPEGLossless, JPEGLosslessSV1, JPEGExtended12Bit)
-# pydicom would try GDCM first everywhere, which ends the process on some damaged images.
-_PLUGINS = {
-    JPEGBaseline8Bit: "pillow",
-    JPEGLSLossless: "pyjpegls",
-    JPEGLSNearLossless: "pyjpegls",
-    JPEG2000: "pylibjpeg",
-    JPEG2000Lossless: "pylibjpeg",
-    HTJ2K: "pylibjpeg",
-    HTJ2KLossless: "pylibjpeg",
-    HTJ2KLosslessRPCL: "pylibjpeg",
-}
-TRANSFER_SYNTAXES = (*_NATIVE, RLELossless, *_ISOLATED, *_PLUGINS)
+from cxr_ray.transfer_syntaxes import DECODERS, TRANSFER_SYNTAXES, Decoder
 
 _JPEG_START, _JPEG2000_START = b"\xff\xd8", b"\xff\x4f\xff\x51"
 _MAX_BOXES = 1 << 16
@@ -98,7 +66,7 @@ def stored_values(dataset: Dataset, layout: PixelLayout, name: str) -> np.ndarra
     if syntax not in TRANSFER_SYNTAXES:
         raise UnsupportedImage(f"{name}: transfer syntax {known} is not decoded; transcode it to Explicit VR Little Endian")
     try:
-        if syntax in _NATIVE:
+        if DECODERS[syntax] is Decoder.NATIVE:
             return _native(dataset, layout, little_endian=syntax.is_little_endian)
         return _encapsulated(dataset, layout, syntax)
     except _Undecodable as error:
@@ -130,7 +98,8 @@ def _native(dataset: Dataset, layout: PixelLayout, *, little_endian: bool) -> np
 
 def _encapsulated(dataset: Dataset, layout: PixelLayout, syntax: UID) -> np.ndarray:
     frame = get_frame(dataset.PixelData, 0, number_of_frames=1)
-    if syntax == RLELossless:
+    decoder = DECODERS[syntax]
+    if decoder is Decoder.RLE:
         return _decode_rle(frame, layout)
     stream = _code_stream(frame)
     if (stream.rows, stream.columns) != (layout.rows, layout.columns):
@@ -138,10 +107,11 @@ def _encapsulated(dataset: Dataset, layout: PixelLayout, syntax: UID) -> np.ndar
         raise _Undecodable(f"its code stream is {stream.columns}x{stream.rows}, the header says {announced}")
     if stream.samples != layout.samples:
         raise _Undecodable(f"its code stream has {stream.samples} samples a pixel, the header says {layout.samples}")
-    if syntax in _ISOLATED:
+    if decoder is Decoder.ISOLATED:
         cells = _isolated(frame, layout, syntax, stream.precision)
     else:
-        cells = _through_pydicom(dataset, _PLUGINS[syntax])
+        # Named, because pydicom would try GDCM first everywhere, which ends the process on some damaged images.
+        cells = _through_pydicom(dataset, decoder.value)
     if layout.samples > 1:
         return cells
     # A code stream of fewer bits than the header's highest holds the stored bits alone.

@@ -15,7 +15,7 @@ from pydicom.dataset import Dataset
 from cxr_ray.errors import CxrRayError
 
 _LONGEST_UID = 64
-_CONTENT_DIGITS = 16
+CONTENT_DIGITS = 16
 _PREFIX_BYTES = 132
 _IDENTIFIERS = ["StudyInstanceUID", "SeriesInstanceUID", "PatientID", "AccessionNumber", "StudyDate"]
 _UIDS = ("sop_instance_uid", "study_instance_uid", "series_instance_uid")
@@ -84,7 +84,7 @@ def content_digest(file: bytes) -> str:
 
 def short_digest(data_set: bytes | memoryview) -> str:
     """SHA-256 of a data set, to 64 bits, in hexadecimal digits."""
-    return hashlib.sha256(data_set).hexdigest()[:_CONTENT_DIGITS]
+    return hashlib.sha256(data_set).hexdigest()[:CONTENT_DIGITS]
 
 
 def _plain(data_set: Dataset, keyword: str) -> str | None:

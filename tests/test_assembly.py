@@ -69,7 +69,7 @@ def received(spool: Spool, study: str) -> str:
 
 def answered(spool: Spool, study: str) -> str:
     name = received(spool, study)
-    spool.answered(name, b"{}")
+    spool.answers.keep(name, b"{}")
     return name
 
 
@@ -87,7 +87,7 @@ def test_a_study_is_handed_over_once_it_is_quiet_and_its_images_are_done(spool, 
     until(lambda: {folder(spool, name) for name in names} == {"done"})
     ((digest, plan, predecessors),) = maker.handed
     assert (digest, plan.revision, sorted(plan.instances), predecessors) == (study_digest(study), 1, names, {})
-    assert [spool.answer_of(name) for name in names] == [b"{}", b"{}"]
+    assert [spool.answers.answer(name) for name in names] == [b"{}", b"{}"]
     assert StudyLedger(spool.root).planned() == {}
 
 
@@ -132,7 +132,7 @@ def test_a_study_waits_for_its_unanswered_images_and_its_open_associations(spool
     other = answered(spool, generate_uid())
     until(lambda: folder(spool, other) == "done")
     assert len(maker.handed) == 1
-    spool.answered(second, b"{}")
+    spool.answers.keep(second, b"{}")
     another = answered(spool, generate_uid())
     until(lambda: folder(spool, another) == "done")
     assert len(maker.handed) == 2
@@ -171,7 +171,7 @@ def test_results_that_cannot_be_made_make_dead_letters_of_the_new_images_alone(s
     assert "cannot be made (ValueError)" in letter.reason
     assert folder(spool, good) == "done"
     spool.replay(bad)
-    spool.answered(bad, b"{}")
+    spool.answers.keep(bad, b"{}")
     until(lambda: folder(spool, bad) == "done")
     assert [plan.revision for _, plan, _ in maker.handed] == [1, 2]
 
@@ -200,7 +200,7 @@ def test_what_was_recorded_before_a_crash_is_not_handed_over_again(spool, assemb
     ledger.issue(study_digest(study), Issue(revision=1, instances=tuple(names), results={}))
     if plan_left:
         ledger.plan(study_digest(study), Plan(revision=1, instances=tuple(names)))
-    spool.settled(names[0])
+    spool.answers.settle(names[0])
     maker = Maker()
     assemble(maker)
     until(lambda: {folder(spool, name) for name in names} == {"done"})

@@ -23,18 +23,17 @@ from pydicom.uid import ExplicitVRLittleEndian, ImplicitVRLittleEndian, generate
 from pynetdicom import AE
 
 from cxr_ray.errors import CxrRayError
-from serve.node.listener import (
+from cxr_ray.transfer_syntaxes import TRANSFER_SYNTAXES
+from serve.node.listener import Listener, ListenerSettings
+from serve.node.sop_classes import STORAGE_CLASSES
+from serve.node.spool import Spool
+from serve.node.storage import (
     CANNOT_UNDERSTAND,
     NO_INSTANCE_UID,
     NOT_THE_SOP_CLASS,
     OUT_OF_RESOURCES,
-    STORAGE_CLASSES,
     TOO_LARGE,
-    TRANSFER_SYNTAXES,
-    Listener,
-    ListenerSettings,
 )
-from serve.node.spool import Spool
 
 STORESCU, ECHOSCU = "storescu", "echoscu"
 CR = STORAGE_CLASSES[0]
@@ -217,7 +216,9 @@ def test_same_uid_with_other_bytes_is_kept_too(listen, spool: Spool, small) -> N
     listener, path = listen(), small()
     assert run(STORESCU, listener, path).returncode == 0
     assert run(STORESCU, listener, small(SOPInstanceUID=pydicom.dcmread(path).SOPInstanceUID)).returncode == 0
-    assert len(spool.pending()) == 2
+    (conflict,) = spool.conflicts()
+    assert (len(spool.pending()), conflict.first, conflict.calling_ae) == (1, spool.pending()[0], "TESTPACS")
+    assert conflict.peer_address.startswith("dicom://127.0.0.1:")
 
 
 @dcmtk
@@ -240,7 +241,7 @@ def test_address_outside_the_networks_gets_no_word(listen, spool: Spool, small, 
         refused = run(STORESCU, listen(allowed_networks=("10.0.0.0/8", "::1/128")), small())
     assert refused.returncode != 0
     assert spool.pending() == []
-    assert "127.0.0.1 is in no allowed network" in caplog.text
+    assert "127.0.0.1: connection dropped: is in no allowed network" in caplog.text
 
 
 @dcmtk

@@ -137,9 +137,65 @@ def test_same_bytes_again_are_recognised(spool: Spool, where: str) -> None:
 
 def test_same_uid_with_other_bytes_is_kept_beside(spool: Spool) -> None:
     spool.store(data_set("1.2.3.4"), origin("1.2.3.4"))
+    other = data_set("1.2.3.4", PatientID="P78")
+    assert (
+        spool.store(other, Origin(CR, "1.2.3.4", str(ExplicitVRLittleEndian), "CT1", "dicom://192.0.2.7:4")) is Stored.CONFLICT
+    )
+    (first,) = spool.pending()
+    (conflict,) = spool.conflicts()
+    assert (conflict.first, conflict.name.partition("-")[0]) == (first, first.partition("-")[0])
+    assert (conflict.sop_instance_uid, conflict.calling_ae, conflict.peer_address) == ("1.2.3.4", "CT1", "dicom://192.0.2.7:4")
+    assert (spool.root / "conflicts" / conflict.name).read_bytes().endswith(other)
+    assert spool.store(other, origin("1.2.3.4")) is Stored.DUPLICATE
+    assert (len(spool.conflicts()), spool.count("conflicts"), len(spool.pending())) == (1, 1, 1)
+    spool.done(first)
+    assert Spool(spool.root).store(data_set("1.2.3.4", PatientID="P79"), origin("1.2.3.4")) is Stored.CONFLICT
+
+
+def test_uid_is_free_again_when_its_file_is_gone(spool: Spool) -> None:
+    spool.store(data_set("1.2.3.4"), origin("1.2.3.4"))
+    spool.done(spool.pending()[0])
+    assert spool.sweep(-1) == 1
+    assert files(spool.root / "known") == []
     assert spool.store(data_set("1.2.3.4", PatientID="P78"), origin("1.2.3.4")) is Stored.NEW
-    first, second = spool.pending()
-    assert first.partition("-")[0] == second.partition("-")[0]
+    # By hand, without the claim: which binds nobody any more, once it cannot be that of a writer.
+    (spool.root / "ready" / spool.pending()[0]).unlink()
+    (claim,) = (spool.root / "known").iterdir()
+    os.utime(claim, (1000, 1000), follow_symlinks=False)
+    assert spool.store(data_set("1.2.3.4", PatientID="P79"), origin("1.2.3.4")) is Stored.NEW
+    os.utime(claim, (1000, 1000), follow_symlinks=False)
+    (spool.root / "ready" / spool.pending()[0]).unlink()
+    Spool(spool.root)
+    assert files(spool.root / "known") == []
+
+
+def test_claims_are_made_anew_from_the_files(spool: Spool) -> None:
+    spool.store(data_set("1.2.3.4"), origin("1.2.3.4"))
+    (claim,) = (spool.root / "known").iterdir()
+    claim.unlink()
+    assert Spool(spool.root).store(data_set("1.2.3.4", PatientID="P78"), origin("1.2.3.4")) is Stored.CONFLICT
+
+
+def test_one_of_several_contents_wins_and_none_is_lost(spool: Spool) -> None:
+    contents = [data_set("1.2.3.4", PatientID=f"P{number}") for number in range(16)]
+    with ThreadPoolExecutor(8) as pool:
+        outcomes = list(pool.map(lambda content: spool.store(content, origin("1.2.3.4")), contents))
+    assert sorted(outcome.value for outcome in outcomes) == ["conflict"] * 15 + ["new"]
+    assert (len(spool.pending()), len(spool.conflicts())) == (1, 15)
+
+
+def test_unread_files_are_durable_and_nobody_answers_them(spool: Spool) -> None:
+    sent = os.urandom(1000)
+    for expected in (Stored.NEW, Stored.DUPLICATE):
+        with spool.receive(Origin("1.2.840.10008.5.1.4.1.1.2", "1.2", "1.2.840.10008.1.2.4.100", "PACS")) as arrival:
+            arrival.add(memoryview(sent)[:10])
+            arrival.add(sent[10:])
+            arrival.flush()
+            assert spool.file_unread(arrival, origin("1.2")) is expected
+    (name,) = files(spool.root / "filed")
+    assert (spool.root / "filed" / name).read_bytes().endswith(sent)
+    assert name.split("-")[1] == f"{hashlib.sha256(sent).hexdigest()[:16]}.dcm"
+    assert spool.pending() == files(spool.root / "incoming") == []
 
 
 @pytest.mark.parametrize("uid", ["../../etc/passwd", "1.2/../../x", "1.02.3"])
@@ -276,9 +332,10 @@ def test_root_that_is_no_folder_is_named(tmp_path: Path) -> None:
 
 def test_leftovers_go_but_not_from_under_a_living_writer(spool: Spool) -> None:
     (spool.root / "incoming" / "left").write_bytes(b"half")
-    with spool._writing() as (_, path):
+    with spool.receive(origin("1.2.3.4")):
+        (written,) = set(files(spool.root / "incoming")) - {"left"}
         Spool(spool.root)
-        assert files(spool.root / "incoming") == [path.name]
+        assert files(spool.root / "incoming") == [written]
     assert files(spool.root / "incoming") == []
 
 

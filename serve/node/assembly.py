@@ -175,7 +175,7 @@ class Assembler:
 
     def _look(self, now: float) -> None:
         """Note what was answered since the last look."""
-        names = set(self._spool.awaiting_results())
+        names = set(self._spool.answers.awaiting())
         with self._guard:
             known = set().union(*(study.names for study in self._studies.values())) if self._studies else set()
         for name in sorted(names - known):
@@ -184,7 +184,7 @@ class Assembler:
                 continue
             # Clocks are set: an age from the file's date is believed as far as it matters.
             with contextlib.suppress(FileNotFoundError):
-                age = time.time() - self._spool.answered_file(name).stat().st_mtime
+                age = time.time() - self._spool.answers.file(name).stat().st_mtime
                 came = now - min(max(age, 0.0), self._settings.quiet_seconds)
                 with self._guard:
                     seen = self._studies.setdefault(study, _Study(came, came))
@@ -250,7 +250,7 @@ class Assembler:
         with self._guard:
             settled = self._studies[study].names & issued
         for name in settled:
-            self._spool.settled(name)
+            self._spool.answers.settle(name)
         with self._guard:
             known = self._studies[study]
             known.names -= settled
@@ -262,8 +262,8 @@ class Assembler:
     def _there(self, name: str) -> bool:
         # What was swept after its time is missing from a late revision, as it would be for anybody who looks now.
         try:
-            self._spool.answered_file(name)
-            self._spool.answer_of(name)
+            self._spool.answers.file(name)
+            self._spool.answers.answer(name)
         except FileNotFoundError:
             return False
         return True
@@ -293,5 +293,5 @@ class Assembler:
             given_up = sorted(self._studies.pop(study).names - set(last.instances if last else ()))
         self._ledger.abandon(study)
         for name in given_up:
-            self._spool.unanswerable(name, reason=f"its study's results cannot be made ({kind})")
+            self._spool.answers.give_up(name, reason=f"its study's results cannot be made ({kind})")
         _log.error("study %s: given up, %d dead letters (%s)", study, len(given_up), kind)

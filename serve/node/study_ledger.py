@@ -16,7 +16,8 @@ from typing import TypeVar
 
 from pydantic import BaseModel, ConfigDict
 
-from serve.node.durable import make_durably, sync_folder, write_durably
+from serve.node.durable import make_durably, sync_folder
+from serve.node.spool_files import write_through
 
 
 class _Record(BaseModel):
@@ -56,7 +57,7 @@ def study_digest(study_instance_uid: str) -> str:
 
 
 class StudyLedger:
-    """Plans and issues of the studies of one spool. One process writes.
+    """Plans and issues of the studies of the spool under `root`. One process writes.
 
     Raises
     ------
@@ -65,7 +66,7 @@ class StudyLedger:
     """
 
     def __init__(self, root: Path) -> None:
-        self._root = root / "studies"
+        self._root, self._incoming = root / "studies", root / "incoming"
         make_durably(self._root)
 
     def planned(self) -> dict[str, Plan]:
@@ -93,7 +94,7 @@ class StudyLedger:
         sync_folder(self._root)
 
     def _write(self, path: Path, record: _Record) -> None:
-        write_durably(path, record.model_dump_json().encode())
+        write_through(self._incoming, path, record.model_dump_json().encode())
 
 
 def _read(kind: type[Read], path: Path) -> Read:
