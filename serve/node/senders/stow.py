@@ -1,7 +1,8 @@
 """Results to a DICOMweb service by STOW-RS (PS3.18 section 10.5): what is left of a parcel in one request.
 
 A service that takes some instances and refuses others says so instance by instance; what it took is confirmed, and each
-refusal is judged as a C-STORE status is, for it is the same list of reasons.
+refusal is judged as a C-STORE status is, for it is the same list of reasons. An instance that the answer does not name was
+not taken, whatever the status says.
 """
 
 import json
@@ -48,15 +49,15 @@ class StowSender:
             return Delivered("200")
         boundary = uuid.uuid4().hex
         files = [instance.path for instance in instances.values()]
-        heads = [_head(boundary, instance) for instance in instances.values()]
+        head = _head(boundary)
         tail = f"\r\n--{boundary}--\r\n".encode()
-        size = sum(map(len, heads)) + sum(file.stat().st_size for file in files) + len(tail)
+        size = sum(len(head) + file.stat().st_size for file in files) + len(tail)
         headers = {
             "Content-Type": f'multipart/related; type="application/dicom"; boundary={boundary}',
             "Content-Length": str(size),
             "Accept": "application/dicom+json",
         }
-        answer = self._peer.post(self._url, _body(heads, files, tail), headers)
+        answer = self._peer.post(self._url, _body(head, files, tail), headers)
         return answer if isinstance(answer, Transient) else _outcome(answer, instances, confirm)
 
     def rest(self, interrupted: Callable[[], bool]) -> None:
@@ -67,13 +68,13 @@ class StowSender:
         self._peer.close()
 
 
-def _head(boundary: str, instance: Instance) -> bytes:
-    syntax = instance.transfer_syntax_uid
-    return f"\r\n--{boundary}\r\nContent-Type: application/dicom; transfer-syntax={syntax}\r\n\r\n".encode()
+def _head(boundary: str) -> bytes:
+    # Without the transfer-syntax parameter, which is optional: Orthanc 1.10 answers 200 and drops a part that has it.
+    return f"\r\n--{boundary}\r\nContent-Type: application/dicom\r\n\r\n".encode()
 
 
-def _body(heads: list[bytes], files: list[Path], tail: bytes) -> Iterator[bytes]:
-    for head, path in zip(heads, files, strict=True):
+def _body(head: bytes, files: list[Path], tail: bytes) -> Iterator[bytes]:
+    for path in files:
         yield head
         with path.open("rb") as file:
             while piece := file.read(_PIECE):
@@ -82,9 +83,11 @@ def _body(heads: list[bytes], files: list[Path], tail: bytes) -> Iterator[bytes]
 
 
 def _outcome(answer: Answer, instances: dict[str, Instance], confirm: Callable[[str], None]) -> Outcome:
-    said = _failures(answer) if answer.status in {200, 202, 409} else None
+    said = _said(answer) if answer.status in {200, 202, 409} else None
     if said is None or (answer.status == 409 and not said):
         outcome = http_outcome(answer)
+        if answer.status == 202:
+            return Transient("answered 202, and not what it took")
         if isinstance(outcome, Delivered):
             for name in instances:
                 confirm(name)
@@ -92,7 +95,7 @@ def _outcome(answer: Answer, instances: dict[str, Instance], confirm: Callable[[
     judged: list[Outcome] = []
     for name, instance in instances.items():
         reason = said.get(instance.sop_instance_uid)
-        outcome = Delivered(str(answer.status)) if reason is None else storage_outcome(reason)
+        outcome = Transient(f"answered {answer.status} without naming it") if reason is None else storage_outcome(reason)
         if isinstance(outcome, Delivered):
             confirm(name)
         else:
@@ -102,15 +105,22 @@ def _outcome(answer: Answer, instances: dict[str, Instance], confirm: Callable[[
     return passing or next(iter(judged), Delivered(str(answer.status)))
 
 
-def _failures(answer: Answer) -> dict[str, int] | None:
-    """Failure reason by SOP Instance UID (PS3.18 section 10.5.3); None where the answer does not say it in JSON."""
+def _said(answer: Answer) -> dict[str, int] | None:
+    """Reason by SOP Instance UID, 0 for what was taken (PS3.18 section 10.5.3); None where the answer says neither in JSON."""
     try:
         content = json.loads(answer.body)
         content = content[0] if isinstance(content, list) else content
-        failed = content.get(_FAILED, {}).get("Value", []) or []
-        return {str(_value(item, _INSTANCE)): int(cast(Any, _value(item, _REASON)) or 0x0110) for item in failed}
+        if _FAILED not in content and _REFERENCED not in content:
+            return None
+        said = {str(_value(item, _INSTANCE)): 0x0000 for item in _items(content, _REFERENCED)}
+        failed = _items(content, _FAILED)
+        return said | {str(_value(item, _INSTANCE)): int(cast(Any, _value(item, _REASON)) or 0x0110) for item in failed}
     except (ValueError, KeyError, IndexError, TypeError, AttributeError):
         return None
+
+
+def _items(content: dict[str, dict[str, Any]], tag: str) -> list[dict[str, dict[str, list[object]]]]:
+    return content.get(tag, {}).get("Value") or []
 
 
 def _value(item: dict[str, dict[str, list[object]]], tag: str) -> object:
