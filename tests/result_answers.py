@@ -22,8 +22,7 @@ def header(**elements: object) -> Dataset:
 
 def findings(probabilities: tuple[float, ...] = PROBABILITIES, threshold: float = 0.5) -> tuple[FindingAnswer, ...]:
     return tuple(
-        FindingAnswer(name, value, threshold, value >= threshold)
-        for name, value in zip(FINDINGS, probabilities, strict=True)
+        FindingAnswer(name, value, threshold, value >= threshold) for name, value in zip(FINDINGS, probabilities, strict=True)
     )
 
 

@@ -31,6 +31,13 @@ class FindingAnswer:
     threshold: float
     positive: bool
 
+    def __post_init__(self) -> None:
+        for field_name in ("probability", "threshold"):
+            value = getattr(self, field_name)
+            # Written so that NaN is refused too.
+            if not 0 <= value <= 1:
+                raise ValueError(f"{field_name} of {self.name} is {value}; give a number from 0 to 1")
+
 
 @dataclass(frozen=True)
 class Model:
