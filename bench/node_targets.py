@@ -90,12 +90,25 @@ def orthanc(folder: Path) -> Iterator[Receiver]:
 
 @contextmanager
 def storescp(folder: Path) -> Iterator[Receiver]:
-    """DCMTK's storescp, a process an association; no fsync."""
+    """DCMTK's storescp as it is started: one association after the other, nothing forced to disk."""
+    with _storescp(folder, "storescp", []) as receiver:
+        yield receiver
+
+
+@contextmanager
+def storescp_forking(folder: Path) -> Iterator[Receiver]:
+    """DCMTK's storescp with a process an association and the largest PDUs, nothing forced to disk."""
+    with _storescp(folder, "storescp --fork", ["--fork", "-pdu", "131072"]) as receiver:
+        yield receiver
+
+
+@contextmanager
+def _storescp(folder: Path, name: str, options: list[str]) -> Iterator[Receiver]:
     port, stored = free_port(), folder / "storescp"
     stored.mkdir()
-    command = [program("storescp"), "--fork", "+xa", "-pdu", "131072", "+uf", "-od", str(stored), str(port)]
+    command = [program("storescp"), *options, "+xa", "+uf", "-od", str(stored), str(port)]
     with _process(command, peers_environment(), port, folder / "storescp.log"):
-        yield Receiver("storescp", "ANY", port, lambda: _files(stored))
+        yield Receiver(name, "ANY", port, lambda: _files(stored))
 
 
 def _files(folder: Path) -> int:

@@ -27,6 +27,11 @@ DicomPort = Annotated[int | None, typer.Option(help="TCP port the node listens o
 Networks = Annotated[list[str] | None, typer.Option(help="Network let in, CIDR; repeatable [127.0.0.0/8, ::1/128].")]
 Callers = Annotated[list[str] | None, typer.Option(help="Calling AE title let in; repeatable [any].")]
 MinFree = Annotated[int | None, typer.Option(help="MB of free disk below which nothing is accepted; 0 is off [2147].")]
+DicomCertificate = Annotated[Path | None, typer.Option(help="PEM file of the DICOM port's certificate and chain [no TLS].")]
+DicomKey = Annotated[Path | None, typer.Option(help="PEM file with the key of the DICOM port's certificate.")]
+DicomClientCa = Annotated[Path | None, typer.Option(help="PEM file of authorities whose DICOM clients are let in [any].")]
+AcceptAll = Annotated[bool | None, typer.Option("--accept-all", help="File every other class and syntax too, unread.")]
+NodeMetricsPort = Annotated[int | None, typer.Option(help="TCP port of the node's Prometheus metrics on loopback [none].")]
 LogFormat = Annotated[str | None, typer.Option(help="json, text, or auto: text on a terminal [auto].")]
 LogLevel = Annotated[str | None, typer.Option(help="Least that is logged: debug, info or warning [info].")]
 TokenFile = Annotated[Path | None, typer.Option(help="File with the bearer token; else the variable CXR_RAY_TOKEN.")]
@@ -43,8 +48,10 @@ def _listener_flags(
     networks: list[str] | None,
     callers: list[str] | None,
     min_free_mb: int | None,
+    **others: object,
 ) -> dict[str, object]:
     return _given(
+        **others,
         ae_title=ae_title,
         host=host,
         port=port,
@@ -93,10 +100,27 @@ def _serve(
     allow_network: Networks = None,
     allow_caller: Callers = None,
     min_free_mb: MinFree = None,
+    dicom_tls_certificate: DicomCertificate = None,
+    dicom_tls_key: DicomKey = None,
+    dicom_tls_client_ca: DicomClientCa = None,
+    accept_all: AcceptAll = None,
+    node_metrics_port: NodeMetricsPort = None,
     config: Config = None,
 ) -> None:
     """Answer over HTTP with Ray Serve; with --with-node also over DICOM."""
-    listener = _listener_flags(ae_title, dicom_host, dicom_port, allow_network, allow_caller, min_free_mb)
+    listener = _listener_flags(
+        ae_title,
+        dicom_host,
+        dicom_port,
+        allow_network,
+        allow_caller,
+        min_free_mb,
+        tls_certificate=dicom_tls_certificate,
+        tls_key=dicom_tls_key,
+        tls_client_ca=dicom_tls_client_ca,
+        accept_all=accept_all,
+        metrics_port=node_metrics_port,
+    )
     node = _given(spool=spool, listener=listener or None)
     flags = _given(
         bundle=bundle,
@@ -206,6 +230,14 @@ def _listen(
     allow_network: Networks = None,
     allow_caller: Callers = None,
     min_free_mb: MinFree = None,
+    tls_certificate: DicomCertificate = None,
+    tls_key: DicomKey = None,
+    tls_client_ca: DicomClientCa = None,
+    accept_all: AcceptAll = None,
+    share_port: Annotated[
+        bool | None, typer.Option("--share-port", help="Let several of this user's listeners share the port.")
+    ] = None,
+    metrics_port: NodeMetricsPort = None,
     log_format: LogFormat = None,
     log_level: LogLevel = None,
     config: Config = None,
@@ -215,10 +247,24 @@ def _listen(
     from serve.node.node import ListenSettings, dicom_node  # noqa: PLC0415
     from serve.token import read_token  # noqa: PLC0415
 
+    listener = _listener_flags(
+        ae_title,
+        host,
+        port,
+        allow_network,
+        allow_caller,
+        min_free_mb,
+        tls_certificate=tls_certificate,
+        tls_key=tls_key,
+        tls_client_ca=tls_client_ca,
+        accept_all=accept_all,
+        share_port=share_port,
+        metrics_port=metrics_port,
+    )
     flags = _given(
         token_file=token_file,
         spool=spool,
-        listener=_listener_flags(ae_title, host, port, allow_network, allow_caller, min_free_mb) or None,
+        listener=listener or None,
         dispatch=_given(service_url=service) or None,
         log_format=log_format,
         log_level=log_level,
@@ -227,8 +273,8 @@ def _listen(
     as_json = log_to_stderr(settings.log_format, settings.log_level)
     _tell_settings("listen", settings, as_json)
     token = read_token(settings.token_file)
-    with dicom_node(settings, service_url=None, token=token) as listener:
-        console.print(f"DICOM node {settings.listener.ae_title} on {settings.listener.host}:{listener.port}")
+    with dicom_node(settings, service_url=None, token=token) as running:
+        console.print(f"DICOM node {settings.listener.ae_title} on {settings.listener.host}:{running.port}")
         _wait_for_signal()
 
 
