@@ -361,7 +361,9 @@ def test_echo_and_storage_with_dcmtk(free_port, tmp_path: Path, waiting: Parcel)
         ("--abort-during", Transient, "association lost"),
     ],
 )
-def test_dcmtk_that_refuses_and_aborts(free_port, tmp_path: Path, waiting: Parcel, option: str, wanted: type, says: str) -> None:
+def test_dcmtk_that_refuses_and_aborts(
+    free_port, tmp_path: Path, waiting: Parcel, option: str, wanted: type, says: str
+) -> None:
     port = free_port()
     with dcmtk_scp(port, tmp_path / "received", option):
         sent = Sent(dicom(port), waiting)

@@ -7,6 +7,7 @@ import sqlite3
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 
 import httpx
@@ -15,6 +16,7 @@ import pytest
 from conftest import SIZE
 from phantom_films import VISITS, dicom, encoded, film
 from prometheus_client.parser import text_string_to_metric_families
+from prometheus_client.samples import Sample
 from pydicom import dcmread
 from pynetdicom import AE
 
@@ -64,8 +66,13 @@ class Watched:
 
 
 def samples(text: str, metric: str, labels: dict[str, str]) -> list[float]:
-    found = [sample for family in text_string_to_metric_families(text) for sample in family.samples]
-    return [sample.value for sample in found if sample.name == metric and labels.items() <= sample.labels.items()]
+    return [sample.value for sample in parsed(text) if sample.name == metric and labels.items() <= sample.labels.items()]
+
+
+@cache
+def parsed(text: str) -> list[Sample]:
+    """All samples of a scrape, of which there are many thousands after a session's tests."""
+    return [sample for family in text_string_to_metric_families(text) for sample in family.samples]
 
 
 @pytest.fixture(scope="module")

@@ -1,31 +1,44 @@
-"""The DICOM node as one process runs it: listener, spool and dispatcher.
+"""The DICOM node as one process runs it: listener, spool, dispatcher, assembler and delivery.
 
 It imports neither Ray nor torch: `cxr-ray listen` is a small process that can stand beside a PACS.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
+from prometheus_client import CollectorRegistry
 from pydantic import Field, SecretStr
 
 from cxr_ray.settings import Settings
 from serve.logs import LogFormat, LogLevel
+from serve.node.assembly import Assembler, AssemblySettings
+from serve.node.delivery import Delivery
+from serve.node.destinations import DeliverySettings
 from serve.node.dispatch import Dispatcher
 from serve.node.listener import Listener, ListenerSettings
-from serve.node.service_client import DispatchSettings
+from serve.node.outbox import Outbox
+from serve.node.results.settings import ResultSettings
+from serve.node.service_client import DispatchSettings, service_client
 from serve.node.spool import Spool
+from serve.node.spool_records import SpooledInstance
+from serve.node.storage_commitment import CommitmentRegistry
+from serve.node.study_record import Drawings
+from serve.node.study_results import StudyResults
+from serve.node.sweeping import Sweeper
 from serve.token import TOKEN_VARIABLE
-
-_KEEP_DONE_SECONDS = 7 * 24 * 3600.0
 
 
 class NodeSettings(Settings):
-    """Settings of the DICOM node: where it listens and where it keeps what it accepted."""
+    """Settings of the DICOM node: where it listens, where it keeps what it accepted, and where results go."""
 
     spool: Path = Field(Path("cxr-ray-spool"), description="Folder of accepted instances, on a local disk.")
+    keep_done_days: float = Field(7, gt=0, description="How long settled instances are kept to recognise re-sends.")
     listener: ListenerSettings = Field(default_factory=ListenerSettings, description="Whom and what to accept.")
     dispatch: DispatchSettings = Field(default_factory=DispatchSettings, description="The service to ask.")
+    assembly: AssemblySettings = Field(default_factory=AssemblySettings, description="When a study is complete.")
+    results: ResultSettings = Field(default_factory=ResultSettings, description="As whom results are signed.")
+    delivery: DeliverySettings = Field(default_factory=DeliverySettings, description="Where results go.")
 
 
 class ListenSettings(NodeSettings):
@@ -38,7 +51,7 @@ class ListenSettings(NodeSettings):
 
 @contextmanager
 def dicom_node(settings: NodeSettings, *, service_url: str | None, token: str | None) -> Iterator[Listener]:
-    """Run listener and dispatcher in this process.
+    """Run the node in this process.
 
     Parameters
     ----------
@@ -48,10 +61,46 @@ def dicom_node(settings: NodeSettings, *, service_url: str | None, token: str | 
     given = settings.dispatch.model_dump(exclude={"token"})
     given |= {"service_url": service_url} if service_url else {}
     secret = token or (settings.dispatch.token.get_secret_value() if settings.dispatch.token else None)
+    dispatch = DispatchSettings(**given, token=SecretStr(secret) if secret else None)
+    registry = CollectorRegistry()
     with ExitStack() as stack:
         spool = Spool(settings.spool)
-        spool.sweep(_KEEP_DONE_SECONDS)
-        dispatcher = stack.enter_context(
-            Dispatcher(DispatchSettings(**given, token=SecretStr(secret) if secret else None), spool)
-        )
-        yield stack.enter_context(Listener(settings.listener, spool, dispatcher.notify))
+        stack.enter_context(Sweeper(spool, settings.keep_done_days))
+        outbox = Outbox(settings.spool / "outbox")
+        commitments = CommitmentRegistry(outbox)
+        stack.enter_context(Delivery(settings.delivery, outbox, commitments, registry))
+        receiving: list[Listener] = []
+        if settings.delivery.destinations:
+            keep = _assembled(stack, settings, dispatch, spool, outbox, receiving)
+        else:
+            keep = None
+            # Of a time when there were destinations: nobody waits for results any more.
+            for name in spool.answers.awaiting():
+                spool.answers.settle(name)
+        dispatcher = stack.enter_context(Dispatcher(dispatch, spool, keep))
+        listener = Listener(settings.listener, spool, dispatcher.notify, on_commitment=commitments.report, registry=registry)
+        receiving.append(stack.enter_context(listener))
+        yield listener
+
+
+def _assembled(
+    stack: ExitStack,
+    settings: NodeSettings,
+    dispatch: DispatchSettings,
+    spool: Spool,
+    outbox: Outbox,
+    receiving: list[Listener],
+) -> Callable[[SpooledInstance, bytes], None]:
+    """Start the assembler; returns what becomes of an answered instance."""
+    client = stack.enter_context(service_client(dispatch))
+    results = StudyResults(spool, Drawings(client), outbox, settings.delivery.destinations, settings.results)
+    assembler = Assembler(
+        settings.assembly, spool, results, lambda: {name for listener in receiving for name in listener.receiving()}
+    )
+    stack.enter_context(assembler)
+
+    def keep(instance: SpooledInstance, answer: bytes) -> None:
+        spool.answers.keep(instance.name, answer)
+        assembler.notify()
+
+    return keep
