@@ -181,7 +181,7 @@ class DestinationLoop:
         return worked
 
     def _in_order(self) -> Iterator[_Entry]:
-        """The first revision of each study, by age; after those that did not fail yet, or the same few would be tried for ever."""
+        """The first revision of each study, by age; those that failed come last, or the same few would be tried for ever."""
         heads: dict[str, _Entry] = {}
         for entry in self._entries.values():
             head = heads.get(entry.parcel.study_key)
