@@ -169,6 +169,8 @@ class DestinationLoop:
     def _work(self) -> bool:
         """Send what is due, until it is time to look again; whether there was something."""
         worked, until = False, time.monotonic() + self._poll
+        if self._all_wait_until() > time.monotonic():
+            return False
         for entry in self._in_order():
             if self._stopping.is_set() or (worked and time.monotonic() > until):
                 break
@@ -189,8 +191,16 @@ class DestinationLoop:
                 heads[entry.parcel.study_key] = entry
         return iter(sorted(heads.values(), key=lambda entry: (entry.failures, entry.parcel.created_at, entry.parcel.id)))
 
+    def _all_wait_until(self) -> float:
+        """Until when the destination is left alone, whatever waits: thousands need not be looked through meanwhile."""
+        outage = None if isinstance(self._destination, SenderDestination) else self._outages.get("")
+        return outage.until if outage else 0.0
+
     def _pause(self) -> float:
-        nearest = time.monotonic() + self._poll
+        now = time.monotonic()
+        nearest = now + self._poll
+        if (all_wait := self._all_wait_until()) > now:
+            return min(nearest, all_wait) - now
         for entry in self._in_order():
             outage = self._outages.get(self._route(entry.parcel))
             nearest = min(nearest, max(entry.due, outage.until if outage else 0.0))
