@@ -16,7 +16,7 @@ MediaType = Literal["application/dicom", "application/json"]
 DICOM: MediaType = "application/dicom"
 JSON: MediaType = "application/json"
 _SAFE = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]{0,127}")
-_SAFE_FILE = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]{0,63}\.(dcm|json)")
+_SAFE_FILE = re.compile(r"(?!(parcel|state|letter)\.json)[A-Za-z0-9][A-Za-z0-9_-]{0,63}\.(dcm|json)")
 
 
 class _Record(BaseModel):

@@ -71,29 +71,38 @@ class Context:
 
 
 class UpperLayer:
-    """An association, from its request on.
-
-    Parameters
-    ----------
-    contexts
-        What is proposed, 128 at most.
+    """A connection, and the association that is requested on it.
 
     Raises
     ------
     NotAssociatedError
-        When the peer cannot be reached, shows no certificate that we trust, or does not answer.
-    RejectedError
-        When it rejects the association.
+        When the peer cannot be reached, or shows no certificate that we trust.
     """
 
-    def __init__(self, peer: Peer, contexts: Sequence[Context], timeouts: DicomTimeouts) -> None:
-        self.peer, self._timeouts = peer, timeouts
+    def __init__(self, peer: Peer, timeouts: DicomTimeouts) -> None:
+        self._timeouts = timeouts
         self.accepted: dict[Context, int] = {}
         self._largest = _LARGEST_SENT
-        self._socket = _connected(peer, timeouts.connect_seconds)
+        self._peer, self._socket = peer, _connected(peer, timeouts.connect_seconds)
+
+    def negotiate(self, contexts: Sequence[Context]) -> None:
+        """Request the association.
+
+        Parameters
+        ----------
+        contexts
+            What is proposed, 128 at most.
+
+        Raises
+        ------
+        NotAssociatedError
+            When the peer does not answer.
+        RejectedError
+            When it rejects the association.
+        """
         try:
-            self._send(_associate_rq(peer, contexts))
-            self._negotiated(contexts, *self._receive_pdu(time.monotonic() + timeouts.negotiation_seconds))
+            self._send(_associate_rq(self._peer, contexts))
+            self._negotiated(contexts, *self._receive_pdu(time.monotonic() + self._timeouts.negotiation_seconds))
         except PeerGoneError as error:
             self.close()
             raise NotAssociatedError(str(error)) from error
