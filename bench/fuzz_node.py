@@ -3,11 +3,11 @@
     python bench/fuzz_node.py [--associations N] [--seed S] [--workers W]
 
 Each association starts as an honest one, with an instance to store, and one mutation is worked into it: bits and lengths of
-PDUs, items and command sets, order and nesting, contexts that were never negotiated, UIDs that are paths, ends in the middle. What it
-is depends on the seed and the number of the association alone. After every so many, and all the time from a thread beside, an
-honest peer stores an instance and has to be told success. The campaign fails where the listener ends, an honest peer is not
-served, an honest instance is missing from the spool, or anything is left behind: files in ``incoming/``, threads, descriptors.
-Memory is that of the listener's process. The last line is the result as JSON.
+PDUs, items and command sets, order and nesting, contexts that were never negotiated, UIDs that are paths, ends in the middle.
+What it is depends on the seed and the number of the association alone. After every so many, and all the time from a thread
+beside, an honest peer stores an instance and has to be told success. The campaign fails where the listener ends, an honest
+peer is not served, an honest instance is missing from the spool, or anything is left behind: files in ``incoming/``, threads,
+descriptors. Memory is that of the listener's process. The last line is the result as JSON.
 """
 
 import argparse
@@ -214,10 +214,9 @@ def _attack_all(
                     outcome.result()
                 honest(port, campaign, uids)
                 if start // 1000 != (start + _HONEST_EVERY) // 1000:
-                    state, rate = State.of(pid), (start + _HONEST_EVERY) / (time.monotonic() - began)
-                    say(
-                        f"{start + _HONEST_EVERY} associations, {rate:.0f}/s, {state.rss_mib:.0f} MiB, {len(campaign.failed)} failed"
-                    )
+                    done, state = start + _HONEST_EVERY, State.of(pid)
+                    rate = done / (time.monotonic() - began)
+                    say(f"{done} associations, {rate:.0f}/s, {state.rss_mib:.0f} MiB, {len(campaign.failed)} failed")
     finally:
         ended.set()
         companion.join()
@@ -253,13 +252,11 @@ def report(result: dict, command: str) -> None:
     say("| | |")
     say("|---|---|")
     say(f"| associations that break the protocol | {result['associations']:,} (seed {result['seed']}) |")
-    say(
-        f"| honest stores between and beside them | {result['honest']:,}, failed {len(result['honest_failed'])}, missing {result['honest_missing']} |"
-    )
+    failed, missing = len(result["honest_failed"]), result["honest_missing"]
+    say(f"| honest stores between and beside them | {result['honest']:,}, failed {failed}, missing {missing} |")
     say(f"| slowest honest store | {result['slowest_honest_s']} s |")
-    say(
-        f"| listener alive, failures within | {'yes' if result['alive'] else 'no'}, {result['failures_in_log'] + result['tracebacks']} |"
-    )
+    within = result["failures_in_log"] + result["tracebacks"]
+    say(f"| listener alive, failures within | {'yes' if result['alive'] else 'no'}, {within} |")
     say(f"| memory before, after, peak | {before['rss_mib']:.0f}, {after['rss_mib']:.0f}, {after['peak_mib']:.0f} MiB |")
     say(f"| threads before, after | {before['threads']}, {after['threads']} |")
     say(f"| descriptors before, after | {before['descriptors']}, {after['descriptors']} |")
