@@ -367,7 +367,10 @@ def test_end_of_an_association_is_told_with_what_it_brought(listen, spool: Spool
     assert ends == [("CT1", "127.0.0.1", sorted(ends[0][2], key=spool.pending().index)), ("TESTPACS", "127.0.0.1", [])]
     assert set(ends[0][2]) == set(spool.pending())
     received = spool.read(spool.pending()[0])
-    assert (received.calling_ae, received.peer_address.rpartition(":")[0]) == ("CT1", "dicom://127.0.0.1")
+    assert (received.calling_ae, received.peer_address) == ("CT1", "127.0.0.1")
+    meta = pydicom.dcmread(received.path).file_meta
+    assert meta.SourcePresentationAddress.rpartition(":")[0] == "dicom://127.0.0.1"
+    assert meta.ReceivingApplicationEntityTitle == "CXRRAY"
 
 
 def test_two_processes_share_a_port_and_a_spool(spool: Spool, file, free_port) -> None:
@@ -435,7 +438,7 @@ def test_files_over_http_are_stored_by_the_same_code(listen, spool: Spool) -> No
     assert data_set_of(spool.path(name).read_bytes()) == data_set_of(sent)
     assert name.endswith(f"-{content_digest(sent)}.dcm")
     received = spool.read(name)
-    assert (received.calling_ae, received.peer_address) == ("worklist", "https://192.0.2.7")
+    assert (received.calling_ae, received.peer_address) == ("worklist", "192.0.2.7")
     entity = AE("TESTPACS")
     entity.add_requested_context(CR, content.file_meta.TransferSyntaxUID)
     association = entity.associate("127.0.0.1", listener.port, ae_title="CXRRAY")

@@ -25,6 +25,7 @@ import time
 from collections.abc import Mapping
 from datetime import UTC, datetime
 from pathlib import Path
+from urllib.parse import urlsplit
 
 from cxr_ray.errors import CxrRayError
 from serve.instance_names import instance_names, short_digest
@@ -360,7 +361,7 @@ def name_of(sop_instance_uid: str, content_digest: str) -> str:
 
 def _address_in(path: Path) -> str | None:
     try:
-        return read_meta(path).source_address or None
+        return urlsplit(read_meta(path).source_address).hostname
     except ValueError:
         return None
 
