@@ -18,6 +18,7 @@ from serve.answering import Answered, Answering, Model
 from serve.http.answers import Prediction
 from serve.http.problems import ApiProblem, overloaded
 from serve.instance_names import InstanceNames, content_digest, instance_names
+from serve.priors_outcome import PriorsOutcome
 from serve.store import Answer, Finding, OtherContentError, Picture, ReceivedInstance, Store
 from serve.trace import refused, stage
 from serve.uploads import Stated
@@ -29,11 +30,17 @@ _TRANSIENT = {408, 503}
 
 @dataclass(frozen=True)
 class Arrival:
-    """How an instance came here."""
+    """How an instance came here.
+
+    `priors` is what came of asking an archive for earlier studies, None if nobody asked; `fetched` if it is itself such a
+    study's.
+    """
 
     calling_ae: str | None = None
     received_at: datetime | None = None
     study_instance_uid: str | None = None
+    priors: PriorsOutcome | None = None
+    fetched: bool = False
 
 
 class Intake:
@@ -76,18 +83,22 @@ class Intake:
                 await self._recorded(self._store.record_refusal, received, problem.detail)
             raise
         picture = await asyncio.to_thread(_picture, answered)
-        await self._recorded(self._store.record_result, received, _answer(answered.prediction), picture)
+        prediction = _after_priors(answered.prediction, arrival.priors)
+        await self._recorded(self._store.record_result, received, _answer(prediction), picture)
         if self._shadow is not None:
             aside = asyncio.create_task(self._ask_shadow(self._shadow, names.sop_instance_uid, data))
             self._asides.add(aside)
             aside.add_done_callback(self._asides.discard)
-        return names, answered.prediction
+        return names, prediction
 
     async def _known(self, received: ReceivedInstance) -> Prediction | None:
         digest = await self._recorded(self._store.content_digest, received.sop_instance_uid)
         if digest is None:
             return None
-        if digest != received.content_digest:
+        # What an archive hands out may be written in other bytes, and was looked at for its findings only.
+        if not received.fetched and await self._recorded(self._store.is_fetched, received.sop_instance_uid):
+            return None
+        if digest != received.content_digest and not received.fetched:
             raise ApiProblem(409, f"instance {received.sop_instance_uid} was received before with other bytes")
         model = await self._model.describe()
         answer = await self._recorded(self._store.answer, received.sop_instance_uid, model.digest)
@@ -134,7 +145,14 @@ def _received(names: InstanceNames, data: bytes, arrival: Arrival) -> ReceivedIn
         patient_id=names.patient_id,
         accession_number=names.accession_number,
         study_date=names.study_date,
+        fetched=arrival.fetched,
     )
+
+
+def _after_priors(prediction: Prediction, priors: PriorsOutcome | None) -> Prediction:
+    if priors is None:
+        return prediction
+    return prediction.model_copy(update={"priors": priors, "warnings": [*prediction.warnings, *priors.warnings()]})
 
 
 def _answer(prediction: Prediction) -> Answer:
@@ -146,6 +164,7 @@ def _answer(prediction: Prediction) -> Answer:
         tuple(Finding(**finding.model_dump()) for finding in prediction.findings),
         prediction.clinical.model_dump(mode="json"),
         warnings=tuple(prediction.warnings),
+        priors=prediction.priors.model_dump(mode="json") if prediction.priors else None,
     )
 
 
@@ -157,6 +176,7 @@ def prediction_of(answer: Answer) -> Prediction:
             "findings": [vars(finding) for finding in answer.findings],
             "clinical": answer.clinical,
             "warnings": list(answer.warnings),
+            "priors": answer.priors,
         }
     )
 

@@ -8,6 +8,7 @@ from pydantic import BaseModel, ConfigDict, Field, JsonValue
 
 from cxr_ray.findings import FINDINGS
 from serve.http.problems import ProblemDetails
+from serve.priors_outcome import PriorsOutcome
 from serve.store import InstanceView, StudyView, Verdict
 
 
@@ -63,6 +64,9 @@ class Prediction(_Json):
     findings: list[FindingAnswer]
     clinical: ClinicalUsed
     warnings: list[str]
+    priors: PriorsOutcome | None = Field(
+        None, description="What came of asking the archive for earlier studies; null where nobody asked."
+    )
 
 
 class ImageResult(_Json):
@@ -108,6 +112,7 @@ class InstanceAnswer(_Json):
     findings: list[FindingAnswer]
     clinical: dict[str, JsonValue] | None
     warnings: list[str]
+    priors: PriorsOutcome | None
 
 
 class StudyFindingAnswer(_Json):
@@ -198,6 +203,7 @@ def _instance_answer(view: InstanceView) -> InstanceAnswer:
         findings=[FindingAnswer(**vars(finding)) for finding in answer.findings] if answer else [],
         clinical=answer.clinical if answer else None,
         warnings=list(answer.warnings) if answer else [],
+        priors=PriorsOutcome.model_validate(answer.priors) if answer and answer.priors else None,
     )
 
 

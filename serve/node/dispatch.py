@@ -20,7 +20,7 @@ from dataclasses import dataclass
 from datetime import UTC, datetime
 from email.utils import parsedate_to_datetime
 from http import HTTPStatus
-from typing import Annotated, Self
+from typing import TYPE_CHECKING, Annotated, Self
 
 import httpx
 from pydantic import BaseModel, ConfigDict, Field, SecretStr, StringConstraints, ValidationError
@@ -28,6 +28,9 @@ from pydantic import BaseModel, ConfigDict, Field, SecretStr, StringConstraints,
 from cxr_ray.errors import CxrRayError, UsageError
 from serve.logs import fields
 from serve.node.spool import Spool, SpooledInstance
+
+if TYPE_CHECKING:
+    from serve.node.priors import Priors
 
 _PERMANENT = frozenset({400, 409, 413, 415, 422})
 _LONGEST_RETRY_AFTER = 3600.0
@@ -102,11 +105,14 @@ class Dispatcher:
         The service and the patience with it.
     spool : Spool
         Where instances lie.
+    priors : Priors, optional
+        Who asks an archive for the patient's earlier studies before an instance is brought; None asks nobody.
     """
 
-    def __init__(self, settings: DispatchSettings, spool: Spool) -> None:
+    def __init__(self, settings: DispatchSettings, spool: Spool, priors: "Priors | None" = None) -> None:
         self._settings = settings
         self._spool = spool
+        self._priors = priors
         self._stopping = threading.Event()
         self._wake = threading.Event()
         self._thread: threading.Thread | None = None
@@ -276,6 +282,8 @@ class Dispatcher:
         arrival = {"received_at": instance.received_at.isoformat()}
         if instance.calling_ae:
             arrival["calling_ae"] = instance.calling_ae
+        if self._priors and (outcome := self._priors.before(instance)):
+            arrival["priors"] = outcome.model_dump_json()
         with instance.path.open("rb") as file:
             image = {"image": (instance.name, file, "application/dicom")}
             try:
