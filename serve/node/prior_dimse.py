@@ -162,6 +162,8 @@ class DimseArchive(Archive):
             raise ArchiveError(f"no connection ({type(error).__name__})") from None
         if not association.is_established:
             self._deadline.check()
+            if self._too_much:
+                raise FetchedTooMuchError
             raise ArchiveError("the association was rejected" if association.is_rejected else "no association")
         return association
 

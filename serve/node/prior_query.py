@@ -14,6 +14,7 @@ from typing import Protocol, Self
 
 from pydicom import dcmread
 from pydicom.dataset import Dataset
+from pydicom.multival import MultiValue
 
 from cxr_ray.dicom_values import code_strings, text
 from cxr_ray.frontal_chest import RADIOGRAPH_MODALITIES
@@ -98,8 +99,7 @@ def question_of(path: Path) -> Question:
     """
     try:
         header = dcmread(path, stop_before_pixels=True, specific_tags=_HEADER)
-        # As it is on the wire but for padding: a control character replaced would be another patient's identifier.
-        patient = str(header.get("PatientID") or "").strip(" \0")
+        patient = patient_id(header)
         issuer, birth = text(header, "IssuerOfPatientID"), text(header, "PatientBirthDate")
         study, day = text(header, "StudyInstanceUID"), _day(text(header, "StudyDate"))
     # A peer chose these bytes, and a parser has no closed list of ways to fail on them.
@@ -127,13 +127,18 @@ def earlier_studies(matches: Iterable[Dataset], question: Question, most: int) -
 
 def is_of(match: Dataset, question: Question) -> bool:
     """Whether an answer is of the patient who was asked for; what it leaves out beside the PatientID contradicts nothing."""
-    patient = str(match.get("PatientID") or "").strip(" \0")
     issuer, birth = text(match, "IssuerOfPatientID"), text(match, "PatientBirthDate")
     return (
-        patient == question.patient_id
+        patient_id(match) == question.patient_id
         and (not issuer or not question.issuer or issuer == question.issuer)
         and (not birth or not question.birth_date or birth == question.birth_date)
     )
+
+
+def patient_id(header: Dataset) -> str:
+    """The PatientID as it is on the wire, but for padding: with a character replaced it could be somebody else's."""
+    value = header.get("PatientID")
+    return ("\\".join(map(str, value)) if isinstance(value, MultiValue) else str(value or "")).strip(" \0")
 
 
 def usable_series(matches: Iterable[Dataset], study_uid: str) -> list[EarlierSeries]:

@@ -12,13 +12,15 @@ from dataclasses import dataclass
 from pydicom import dcmread
 from pydicom.dataset import Dataset
 
-from cxr_ray.dicom_values import text
+from cxr_ray.dicom_values import text, whole_number
 from cxr_ray.findings import CODES, FINDINGS
 from serve.node.prior_query import EarlierStudy, Question, is_of
 
 _REPORT = ("126000", "DCM")
 _DEVICE_MANUFACTURER = ("121014", "DCM")
-_GROUP, _FINDING, _PROBABILITY = ("125007", "DCM"), ("121071", "DCM"), ("122157", "DCM")
+_GROUP, _FINDING = ("125007", "DCM"), ("121071", "DCM")
+# "Probability" of 0 to 1, and "Certainty of Finding" in percent for a model that is not calibrated; unit by unit.
+_SCALES = {(("122157", "DCM"), ("1", "UCUM")): 1.0, (("111012", "DCM"), ("%", "UCUM")): 0.01}
 # As SNOMED CT has them, and as SNOMED RT had them in older reports.
 _PRESENT = {("52101004", "SCT"), ("G-A203", "SRT")}
 _ABSENT = {("272519000", "SCT"), ("2667000", "SCT"), ("G-A206", "SRT")}
@@ -38,10 +40,10 @@ class ReadFinding:
 
 @dataclass(frozen=True)
 class ReadResult:
-    """An earlier result of this software: findings in NIH order, and when it was made, as DICOM writes it."""
+    """An earlier result of this software: findings in NIH order, and when it was made: moment (DICOM writes it so), revision."""
 
     findings: tuple[ReadFinding, ...]
-    made: str
+    made: tuple[str, int]
 
     @property
     def positive(self) -> tuple[str, ...]:
@@ -64,10 +66,11 @@ def read_result(file: bytes, study: EarlierStudy, question: Question, manufactur
         if not _is_ours(report, study, question, manufacturer):
             return None
         findings = _findings(report)
+        revision = whole_number(report, "InstanceNumber")
     # An archive chose these bytes, and a parser has no closed list of ways to fail on them.
     except Exception:  # noqa: BLE001
         return None
-    made = text(report, "ContentDate") + text(report, "ContentTime")
+    made = (f"{text(report, 'ContentDate')}{text(report, 'ContentTime'):0<6.6}", revision)
     return ReadResult(tuple(findings[name] for name in FINDINGS), made) if len(findings) == len(FINDINGS) else None
 
 
@@ -113,8 +116,10 @@ def _of_group(group: Dataset) -> ReadFinding | None:
                 name = _FINDING_OF[value]
             elif value in _PRESENT | _ABSENT:
                 said.add(value in _PRESENT)
-        elif kind == "NUM" and concept == _PROBABILITY:
-            probability = float(item.MeasuredValueSequence[0].NumericValue)
+        elif kind == "NUM":
+            measured = item.MeasuredValueSequence[0]
+            scale = _SCALES.get((concept, _code(measured.MeasurementUnitsCodeSequence[0])))
+            probability = probability if scale is None else scale * float(measured.NumericValue)
     # A group that says both, or nothing, says nothing.
     return ReadFinding(name, probability, said.pop()) if name and len(said) == 1 else None
 
