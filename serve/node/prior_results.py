@@ -40,7 +40,10 @@ class ReadFinding:
 
 @dataclass(frozen=True)
 class ReadResult:
-    """An earlier result of this software: findings in NIH order, and when it was made: moment (DICOM writes it so), revision."""
+    """An earlier result of this software.
+
+    `findings` are in NIH order; `made` is the moment, as DICOM writes it, and the revision.
+    """
 
     findings: tuple[ReadFinding, ...]
     made: tuple[str, int]
