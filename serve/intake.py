@@ -15,7 +15,7 @@ import numpy as np
 from cxr_ray.dicom_header import looks_like_dicom
 from cxr_ray.errors import CxrRayError
 from serve.answering import Answered, Answering, Model
-from serve.http.answers import Prediction
+from serve.http.answers import KeptPrediction, Prediction
 from serve.http.problems import ApiProblem, overloaded
 from serve.instance_names import InstanceNames, content_digest, instance_names
 from serve.priors_outcome import PriorsOutcome
@@ -58,7 +58,7 @@ class Intake:
         self._answering, self._store, self._model, self._shadow = answering, store, model, shadow
         self._asides: set[asyncio.Task[None]] = set()
 
-    async def keep(self, data: bytes, arrival: Arrival) -> tuple[InstanceNames, Prediction]:
+    async def keep(self, data: bytes, arrival: Arrival) -> tuple[InstanceNames, KeptPrediction]:
         """Answer a DICOM instance and keep the answer; an answer that this model gave before is given again.
 
         Raises
@@ -83,15 +83,15 @@ class Intake:
                 await self._recorded(self._store.record_refusal, received, problem.detail)
             raise
         picture = await asyncio.to_thread(_picture, answered)
-        prediction = _after_priors(answered.prediction, arrival.priors)
+        prediction = _kept(answered.prediction, arrival.priors)
         await self._recorded(self._store.record_result, received, _answer(prediction), picture)
-        if self._shadow is not None:
+        if self._shadow is not None and not arrival.fetched:
             aside = asyncio.create_task(self._ask_shadow(self._shadow, names.sop_instance_uid, data))
             self._asides.add(aside)
             aside.add_done_callback(self._asides.discard)
         return names, prediction
 
-    async def _known(self, received: ReceivedInstance) -> Prediction | None:
+    async def _known(self, received: ReceivedInstance) -> KeptPrediction | None:
         digest = await self._recorded(self._store.content_digest, received.sop_instance_uid)
         if digest is None:
             return None
@@ -116,7 +116,7 @@ class Intake:
     async def _ask_shadow(self, shadow: Model, sop_instance_uid: str, data: bytes) -> None:
         try:
             answered = await self._answering.answer(data, sop_instance_uid, Stated(), shadow)
-            await asyncio.to_thread(self._store.record_shadow, sop_instance_uid, _answer(answered.prediction))
+            await asyncio.to_thread(self._store.record_shadow, sop_instance_uid, _answer(_kept(answered.prediction, None)))
         except (ApiProblem, CxrRayError) as error:
             # Nobody waits for it, and what is shown does not depend on it.
             _log.warning("the shadow model gave no answer (%s)", type(error).__name__)
@@ -149,13 +149,12 @@ def _received(names: InstanceNames, data: bytes, arrival: Arrival) -> ReceivedIn
     )
 
 
-def _after_priors(prediction: Prediction, priors: PriorsOutcome | None) -> Prediction:
-    if priors is None:
-        return prediction
-    return prediction.model_copy(update={"priors": priors, "warnings": [*prediction.warnings, *priors.warnings()]})
+def _kept(prediction: Prediction, priors: PriorsOutcome | None) -> KeptPrediction:
+    warnings = [*prediction.warnings, *(priors.warnings() if priors else ())]
+    return KeptPrediction(**{**dict(prediction), "warnings": warnings}, priors=priors)
 
 
-def _answer(prediction: Prediction) -> Answer:
+def _answer(prediction: KeptPrediction) -> Answer:
     model = prediction.model
     return Answer(
         model.name,
@@ -168,9 +167,9 @@ def _answer(prediction: Prediction) -> Answer:
     )
 
 
-def prediction_of(answer: Answer) -> Prediction:
+def prediction_of(answer: Answer) -> KeptPrediction:
     """A stored answer as it was given."""
-    return Prediction.model_validate(
+    return KeptPrediction.model_validate(
         {
             "model": {"name": answer.model_name, "version": answer.model_version, "digest": answer.model_digest},
             "findings": [vars(finding) for finding in answer.findings],

@@ -312,6 +312,14 @@ def dripping(connection: socket.socket, stop: threading.Event) -> None:
         connection.sendall(b" ")
 
 
+def dawdling(connection: socket.socket, stop: threading.Event) -> None:
+    """A web answer whose header has no end; for DICOM, a peer that takes what it is sent and says nothing."""
+    first = connection.recv(65536)
+    connection.sendall(b"HTTP/1.1 200 OK\r\nA: " if first[:3] == b"GET" else b"")
+    while not stop.wait(0.05):
+        connection.sendall(b"a" if first[:3] == b"GET" else b"")
+
+
 def dropping(connection: socket.socket, _stop: threading.Event) -> None:
     connection.recv(65536)
 
@@ -326,7 +334,8 @@ def flooding(connection: socket.socket, stop: threading.Event) -> None:
 
 @pytest.mark.parametrize("road", ["dicom", "dicomweb"])
 @pytest.mark.parametrize(
-    ("manners", "outcome"), [(silent, "timeout"), (dripping, "timeout"), (dropping, "failed"), (flooding, "failed")]
+    ("manners", "outcome"),
+    [(silent, "timeout"), (dripping, "timeout"), (dawdling, "timeout"), (dropping, "failed"), (flooding, "failed")],
 )
 def test_a_hostile_peer_costs_no_more_than_the_budget(service, spooled, road, manners, outcome, caplog) -> None:
     caplog.set_level(logging.INFO, "serve")
@@ -337,12 +346,13 @@ def test_a_hostile_peer_costs_no_more_than_the_budget(service, spooled, road, ma
         priors, begun = Priors(road, service.url), time.monotonic()
         said = priors.before(spooled(new))
         assert time.monotonic() - begun < 1.0 + SLACK_SECONDS
+        # Nothing goes on behind the answer, though the peer does.
+        running = {"priors", "priors-release"}
+        until(lambda: not [each for each in threading.enumerate() if each.name in running], "the threads' end")
     assert (said.asked, said.outcome, said.used) == (True, outcome, 0)
     assert "predicted without its studies" in said.warnings()[0]
     assert new.PatientID not in caplog.text
     assert new.PatientID not in said.model_dump_json()
-    # Nothing goes on behind the answer.
-    until(lambda: not [each for each in threading.enumerate() if each.name in {"priors", "priors-release"}], "the threads' end")
 
 
 def test_nobody_listens(service, spooled, free_port) -> None:
@@ -468,6 +478,13 @@ def test_an_identifier_that_could_find_others_is_not_asked(name, service, spoole
 def test_no_study_date_is_not_asked(service, spooled) -> None:
     said = Priors(by_dicom(1), service.url).before(spooled(film("P1", "")))
     assert (said.asked, said.reason) == (False, "the film has no study date")
+
+
+def test_what_is_not_answered_asks_nothing(service, spooled) -> None:
+    priors = Priors(by_dicom(1), service.url)
+    for unusable in (film("P1", ViewPosition="LL"), film("P1", BodyPartExamined="KNEE"), film("P1", Modality="CT")):
+        assert priors.before(spooled(unusable)) is None
+    assert service.questions == []
 
 
 def test_question_of_a_broken_file(tmp_path: Path) -> None:

@@ -64,8 +64,13 @@ class Prediction(_Json):
     findings: list[FindingAnswer]
     clinical: ClinicalUsed
     warnings: list[str]
+
+
+class KeptPrediction(Prediction):
+    """Answer to an instance that is kept."""
+
     priors: PriorsOutcome | None = Field(
-        None, description="What came of asking the archive for earlier studies; null where nobody asked."
+        description="What came of asking an archive for earlier studies; null where nobody asked."
     )
 
 

@@ -11,7 +11,7 @@ from cxr_ray.earlier_visits import EarlierVisit, with_history
 from cxr_ray.findings import FINDINGS
 from serve.graph_settings import DEFAULT_MODEL
 from serve.http.access import WRITE, Actor, Reader, Writer
-from serve.http.answers import Prediction, StudyAnswer, StudyPage, study_answer
+from serve.http.answers import KeptPrediction, StudyAnswer, StudyPage, study_answer
 from serve.http.disclosure import check_filter, patient_names
 from serve.http.forms import multipart_only, parse_priors, uploaded
 from serve.http.moments import Day, Moment
@@ -48,7 +48,7 @@ async def instances(
     priors: Annotated[
         str | None, Form(max_length=1000, description="JSON: what came of asking an archive for priors (PriorsOutcome).")
     ] = None,
-) -> Prediction:
+) -> KeptPrediction:
     """What the DICOM node sends; sending an instance again gives the same answer and keeps nothing twice."""
     name = image.filename or "image"
     outcome = parse_priors(priors)

@@ -17,14 +17,14 @@ from pydicom.dataset import Dataset
 from pydicom.multival import MultiValue
 
 from cxr_ray.dicom_values import code_strings, text
-from cxr_ray.frontal_chest import RADIOGRAPH_MODALITIES
+from cxr_ray.errors import CxrRayError
+from cxr_ray.frontal_chest import RADIOGRAPH_MODALITIES, check_frontal_chest
 from cxr_ray.radiograph_words import CHEST, CHEST_STEMS, NO_BODY_PART, NOT_FRONTAL, OTHER_REGIONS, words
 
 _LONGEST_PATIENT_ID = 64
 _UID = re.compile(r"[0-9.]{1,64}")
 # PS3.4 section C.2.2.2.4 has * and ?; the backslash separates values.
 _MATCHING_CHARACTERS = frozenset("*?\\")
-_HEADER = ["PatientID", "IssuerOfPatientID", "PatientBirthDate", "StudyInstanceUID", "StudyDate", "SpecificCharacterSet"]
 
 
 class NotAskedError(Exception):
@@ -96,12 +96,17 @@ def question_of(path: Path) -> Question:
     ------
     NotAskedError
         Without a PatientID or study date, or with a PatientID by which an archive could find somebody else.
+    CxrRayError
+        When it is no frontal chest film: then it is not answered either.
     """
     try:
-        header = dcmread(path, stop_before_pixels=True, specific_tags=_HEADER)
+        header = dcmread(path, stop_before_pixels=True)
+        check_frontal_chest(header, "film")
         patient = patient_id(header)
         issuer, birth = text(header, "IssuerOfPatientID"), text(header, "PatientBirthDate")
         study, day = text(header, "StudyInstanceUID"), _day(text(header, "StudyDate"))
+    except CxrRayError:
+        raise
     # A peer chose these bytes, and a parser has no closed list of ways to fail on them.
     except Exception:  # noqa: BLE001
         raise NotAskedError("the film's header cannot be read") from None

@@ -1,10 +1,17 @@
-"""An archive that is asked over DICOMweb (PS3.18): by QIDO-RS for what there is, by WADO-RS for the instances."""
+"""An archive that is asked over DICOMweb (PS3.18): by QIDO-RS for what there is, by WADO-RS for the instances.
 
+Time-outs of HTTP are those of one step, and a header may come in a hundred thousand steps: so the connections are cut when the
+time is over, under whoever reads from them.
+"""
+
+import contextlib
 import json
+import socket
+import threading
 from collections.abc import Iterator
 from datetime import timedelta
 from email.message import Message
-from typing import Self
+from typing import Any, Self
 
 import httpx
 from pydicom.dataset import Dataset
@@ -36,6 +43,9 @@ class WebArchive(Archive):
     def __init__(self, settings: PriorsSettings, token: str | None, deadline: Deadline) -> None:
         self._settings, self._deadline = settings, deadline
         self._fetched = 0
+        self._connections: list[socket.socket] = []
+        self._cutter = threading.Timer(deadline.left(), self._cut)
+        self._cutter.daemon = True
         self._client = httpx.Client(
             headers={"Accept-Encoding": "identity", **({"Authorization": f"Bearer {token}"} if token else {})},
             # Who is asked for patients' studies is the one who was named: neither a proxy nor whom a redirect names.
@@ -45,12 +55,17 @@ class WebArchive(Archive):
         )
 
     def __enter__(self) -> Self:
-        """Nothing to do yet: connections come with the first request."""
+        """Connections come with the first request; see `Archive`."""
+        self._deadline.check()
+        self._cutter.start()
         return self
 
     def __exit__(self, *_exception: object) -> None:
         """Close the connections."""
+        self._cutter.cancel()
         self._client.close()
+        for connection in self._connections:
+            connection.close()
 
     def studies(self, question: Question) -> list[Dataset]:
         """See `Archive`."""
@@ -89,7 +104,12 @@ class WebArchive(Archive):
         url = f"{str(self._settings.url).rstrip('/')}/{address}"
         try:
             with self._client.stream(
-                "GET", url, params=query, headers={"Accept": accept}, timeout=self._deadline.left()
+                "GET",
+                url,
+                params=query,
+                headers={"Accept": accept},
+                timeout=self._deadline.left(),
+                extensions={"trace": self._traced},
             ) as response:
                 if response.status_code == _NO_CONTENT:
                     return response.headers, b""
@@ -104,6 +124,18 @@ class WebArchive(Archive):
             self._deadline.check()
             raise ArchiveError(f"no answer ({type(error).__name__})") from None
         return response.headers, bytes(body)
+
+    def _traced(self, event: str, said: dict[str, Any]) -> None:
+        """Keep a handle on each connection, which TLS does not take along."""
+        if event == "connection.connect_tcp.complete":
+            self._connections.append(said["return_value"].get_extra_info("socket").dup())
+            if not self._deadline.left():
+                self._cut()
+
+    def _cut(self) -> None:
+        for connection in self._connections:
+            with contextlib.suppress(OSError):
+                connection.shutdown(socket.SHUT_RDWR)
 
 
 def parts(body: bytes, content_type: str) -> Iterator[bytes]:

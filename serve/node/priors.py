@@ -11,7 +11,7 @@ import threading
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from cxr_ray.errors import UsageError
+from cxr_ray.errors import CxrRayError, UsageError
 from serve.logs import fields
 from serve.node.bounded import Breaker, Remembered
 from serve.node.deadline import Aside, Deadline, DeadlineError
@@ -77,13 +77,16 @@ class Priors:
         Returns
         -------
         PriorsOutcome, or None
-            What the service is told with the instance; None where there is nothing to tell: the service, which the instance
-            itself has to wait for, does not answer.
+            What the service is told with the instance; None where there is nothing to tell: the instance is no frontal chest
+            film, or the service, which the instance itself has to wait for, does not answer.
         """
         try:
             question = question_of(instance.path)
         except NotAskedError as why:
             return PriorsOutcome(asked=False, outcome="off", reason=str(why))
+        except CxrRayError:
+            # The service refuses it, and says why.
+            return None
         known = self._remembered.get(_patient(question)) or self._remembered.get(question)
         if known is not None:
             return known
@@ -114,7 +117,12 @@ class Priors:
         if not self._slots.acquire(timeout=deadline.left()):
             return self._off("too many questions are under way", deadline)
         try:
-            outcome = Aside(lambda: self._asked(question, progress, deadline), "priors").result(deadline)
+            aside = Aside(lambda: self._asked(question, progress, deadline), "priors")
+        except RuntimeError:
+            self._slots.release()
+            return self._off("this machine starts no more threads", deadline)
+        try:
+            outcome = aside.result(deadline)
         except DeadlineError:
             if not progress.asked:
                 return self._off("the service did not say in time what it knows", deadline)
