@@ -136,7 +136,11 @@ class DestinationLoop:
             for name in self._entries.keys() - names:
                 del self._entries[name]
             for name in names - self._entries.keys():
-                self._take_in(name)
+                try:
+                    self._take_in(name)
+                except OSError as error:
+                    self._looked_ns = -1
+                    _log.error("destination %s: %s: cannot be taken in: %s", self._destination.name, name, error.strerror)
         if any(entry.awaited for entry in self._entries.values()):
             for name, reports in self._commitments.reports(self._destination.name).items():
                 if (entry := self._entries.get(name)) is not None and entry.awaited:
@@ -210,11 +214,12 @@ class DestinationLoop:
     def _guarded(self, entry: _Entry, work: Callable[[], None]) -> None:
         try:
             work()
-        except FileNotFoundError:
-            self._entries.pop(entry.parcel.id, None)
-            self._looked_ns = -1
         except OSError as error:
-            self._wait(entry, Transient(f"disk: {error.strerror}"))
+            if self._queue.is_waiting(entry.parcel.id):
+                self._wait(entry, Transient(f"disk: {error.strerror}"))
+            else:
+                # Somebody took it away by hand.
+                self._entries.pop(entry.parcel.id, None)
         # Whatever else it is must not end the thread, nor keep the other parcels.
         except Exception as error:  # noqa: BLE001
             _log.error("parcel %s: %s while sending", entry.parcel.id, type(error).__name__, exc_info=error)
@@ -268,10 +273,11 @@ class DestinationLoop:
         elif entry.state.resends >= self._commitment.resends:
             self._settle(entry, Permanent(f"not committed to with {codes}, sent {entry.state.resends + 1} times"))
         else:
+            # First, or after a crash the old answer would be taken for that to the next question.
+            self._commitments.close(self._destination.name, entry.parcel.id)
             confirmed = tuple(name for name in entry.state.confirmed if name not in lacking)
             self._note(entry, confirmed=confirmed, asked_at=None, resends=entry.state.resends + 1)
             self._wait(entry, Transient(f"not committed to with {codes}"))
-        self._commitments.close(self._destination.name, entry.parcel.id)
 
     def _settle(self, entry: _Entry, outcome: Transient | Permanent) -> None:
         if isinstance(outcome, Permanent):

@@ -92,7 +92,8 @@ class Parcel:
     def __post_init__(self) -> None:
         names = [item.name for item in self.items]
         for label, value, form in (
-            *(("id", value, _SAFE) for value in (self.id,)),
+            ("id", self.id, _SAFE),
+            ("destination", self.destination, _SAFE),
             ("study_key", self.study_key, _SAFE),
             *(("items", name, _SAFE_FILE) for name in names),
         ):

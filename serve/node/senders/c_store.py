@@ -110,10 +110,10 @@ class DicomSender:
                 if interrupted() and self._outstanding() and not self._aborted:
                     # There is something to do meanwhile; the report may come on this association still.
                     return
-            self._association = None
             association.release()
         except PeerGoneError:
-            self._drop()
+            association.abort()
+        self._association = None
 
     def abort(self) -> None:
         """See `Sender`."""

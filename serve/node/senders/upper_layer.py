@@ -22,6 +22,8 @@ _LARGEST_RECEIVED = 1024 * 1024
 _LARGEST_MESSAGE = 16 * 1024 * 1024
 # Of a PDU that the peer does not limit; more only costs memory.
 _LARGEST_SENT = 128 * 1024
+# Everything is confirmed by then: who does not answer this keeps nothing from us.
+_RELEASE_SECONDS = 5.0
 _ASSOCIATE_RQ, _ASSOCIATE_AC, _ASSOCIATE_RJ, _DATA, _RELEASE_RQ, _RELEASE_RP, _ABORT = range(1, 8)
 _COMMAND, _LAST = 1, 2
 
@@ -165,7 +167,7 @@ class UpperLayer:
         """End the association in order, or at least the connection."""
         with contextlib.suppress(PeerGoneError):
             self._send(struct.pack(">BxLL", _RELEASE_RQ, 4, 0))
-            deadline = time.monotonic() + min(self._timeouts.negotiation_seconds, 10)
+            deadline = time.monotonic() + min(self._timeouts.negotiation_seconds, _RELEASE_SECONDS)
             while self._receive_pdu(deadline)[0] not in {_RELEASE_RP, _ABORT}:
                 pass
         self.close()
