@@ -264,9 +264,20 @@ def test_a_study_is_asked_about_once_and_a_patient_within_a_while(archive, servi
 
 
 def test_without_service_nothing_is_said_and_nothing_asked(spooled, free_port) -> None:
-    priors = Priors(by_dicom(free_port()), f"http://127.0.0.1:{free_port()}")
-    assert priors.before(spooled(film())) is None
-    assert priors.before(spooled(film())) is None
+    port = free_port()
+    priors = Priors(by_dicom(1, budget_seconds=0.5), f"http://127.0.0.1:{port}")
+    new = spooled(film())
+    assert priors.before(new) is None
+    assert priors.before(new) is None
+
+
+def test_a_service_that_hangs_is_not_the_archives_fault(spooled) -> None:
+    with Peer(silent).running() as port:
+        priors = Priors(by_dicom(1, budget_seconds=0.5, failures=1), f"http://127.0.0.1:{port}")
+        for _ in range(2):
+            said = priors.before(spooled(film(patient())))
+            assert (said.asked, said.outcome) == (False, "off")
+            assert said.reason == "the service did not say in time what it knows"
 
 
 class Peer:
