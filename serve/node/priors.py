@@ -96,8 +96,8 @@ class Priors:
             if shared is None:
                 shared = self._under_way[question] = _Shared(Deadline(self._settings.budget_seconds))
         if not first:
-            shared.over.wait(shared.deadline.left())
-            return shared.outcome or self._timed_out(shared.progress, shared.deadline)
+            over = shared.over.wait(shared.deadline.left())
+            return shared.outcome if over else self._too_late(shared.progress, shared.deadline)
         try:
             shared.outcome = self._outcome(question, shared)
         finally:
@@ -124,15 +124,14 @@ class Priors:
         try:
             outcome = aside.result(deadline)
         except DeadlineError:
-            if not progress.asked:
-                return self._off("the service did not say in time what it knows", deadline)
-            outcome = self._timed_out(progress, deadline)
+            outcome = self._too_late(progress, deadline)
         except ServiceAwayError:
             return None
         # Nothing about priors may keep a film from being answered.
         except Exception as error:  # noqa: BLE001
             outcome = self._failed(progress, deadline, type(error).__name__)
-        self._judge(outcome)
+        if outcome.asked:
+            self._judge(outcome)
         complete = outcome.outcome in {"found", "none"}
         self._remembered.put(_patient(question) if complete else question, outcome)
         return outcome
@@ -170,7 +169,7 @@ class Priors:
             _log.warning("priors: the archive was asked; %s", outcome.reason or outcome.outcome, extra=said)
             if self._breaker.failed():
                 _log.warning("priors: the archive is left alone for %g s", self._settings.pause_seconds)
-        elif outcome.asked:
+        else:
             self._breaker.worked()
             _log.info("priors: the archive was asked", extra=said)
 
@@ -187,6 +186,11 @@ class Priors:
 
     def _failed(self, progress: _Progress, deadline: Deadline, reason: str) -> PriorsOutcome:
         return self._said(progress, deadline, "failed", reason[:120])
+
+    def _too_late(self, progress: _Progress, deadline: Deadline) -> PriorsOutcome:
+        if not progress.asked:
+            return self._off("the service did not say in time what it knows", deadline)
+        return self._timed_out(progress, deadline)
 
     def _timed_out(self, progress: _Progress, deadline: Deadline) -> PriorsOutcome:
         return self._said(progress, deadline, "timeout")
