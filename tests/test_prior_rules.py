@@ -16,7 +16,6 @@ from cxr_ray.errors import UsageError
 from cxr_ray.findings import FINDINGS
 from serve.node.bounded import Breaker, Remembered
 from serve.node.deadline import Aside, Deadline, DeadlineError
-from serve.node.prior_dimse import IMAGE_SYNTAXES
 from serve.node.prior_query import (
     ArchiveError,
     EarlierStudy,
@@ -156,15 +155,12 @@ def test_settings_name_what_is_missing(tmp_path: Path) -> None:
             PriorsSettings(**given)
     with pytest.raises(ValidationError, match="tls_key is given without"):
         PriorsSettings(tls_key=tmp_path / "key.pem")
-    with pytest.raises(UsageError, match=r"token_file cannot be used .*none"):
+    with pytest.raises(UsageError, match=r"token_file .*none cannot be used"):
         Priors(PriorsSettings(kind="dicomweb", url=SERVICE, token_file=tmp_path / "none"), SERVICE)
+    with pytest.raises(UsageError, match=r"ca\.pem: No such file"):
+        Priors(PriorsSettings(kind="dicom", host="pacs", called_ae="PACS", tls_ca=tmp_path / "ca.pem"), SERVICE)
     with pytest.raises(UsageError, match="is off"):
         Priors(PriorsSettings(), SERVICE)
-
-
-def test_what_is_proposed_is_what_the_node_takes() -> None:
-    listener = pytest.importorskip("serve.node.listener")
-    assert set(IMAGE_SYNTAXES) <= set(listener.TRANSFER_SYNTAXES)
 
 
 @pytest.mark.parametrize(
