@@ -2,6 +2,7 @@
 
 import json
 import threading
+from dataclasses import replace
 from datetime import date
 from pathlib import Path
 
@@ -11,12 +12,12 @@ from pydantic import ValidationError
 from pydicom.dataset import Dataset
 from pydicom.uid import generate_uid
 from radiographs import file_of
+from result_answers import MODEL, PROBABILITIES, header, image, study
 
 from cxr_ray.errors import UsageError
 from cxr_ray.findings import FINDINGS
 from serve.node.bounded import Breaker, Remembered
 from serve.node.deadline import Aside, Deadline, DeadlineError
-from serve.node.prior_dimse import IMAGE_SYNTAXES
 from serve.node.prior_query import (
     ArchiveError,
     EarlierStudy,
@@ -30,6 +31,9 @@ from serve.node.prior_results import newest, read_result
 from serve.node.prior_web import parts
 from serve.node.priors import Priors
 from serve.node.priors_settings import PriorsSettings
+from serve.node.results.result_object import file_bytes
+from serve.node.results.settings import ResultSettings
+from serve.node.results.structured_report import structured_report
 from serve.priors_outcome import PriorsOutcome
 
 QUESTION = Question("P1", "", "", "1.9", date(2020, 6, 1))
@@ -82,6 +86,17 @@ def test_a_result_is_read_with_all_that_it_says() -> None:
     assert {finding.probability for finding in result.findings if finding.present} == {0.9}
     revised = read(report(earlier, ("Mass",), InstanceNumber=2), earlier)
     assert newest([revised, None, result]) == revised
+
+
+@pytest.mark.parametrize("kind", ["comprehensive-3d", "comprehensive", "enhanced"])
+@pytest.mark.parametrize("calibrated", [False, True])
+def test_what_the_node_writes_it_reads(kind, calibrated: bool) -> None:
+    answer = study(image(header(PatientID="P1", StudyDate="20190101"), model=replace(MODEL, calibrated=calibrated)))
+    written = file_bytes(structured_report(answer, kind, ResultSettings()))
+    result = read_result(written, EarlierStudy(answer.study_instance_uid, date(2019, 1, 1), ""), QUESTION, "cxr-ray")
+    assert result.positive == tuple(found.answer.name for found in answer.findings if found.answer.positive)
+    assert 0 < len(result.positive) < len(FINDINGS)
+    assert [finding.probability for finding in result.findings] == pytest.approx(PROBABILITIES, abs=1e-6)
 
 
 def test_results_that_do_not_count() -> None:
@@ -156,15 +171,12 @@ def test_settings_name_what_is_missing(tmp_path: Path) -> None:
             PriorsSettings(**given)
     with pytest.raises(ValidationError, match="tls_key is given without"):
         PriorsSettings(tls_key=tmp_path / "key.pem")
-    with pytest.raises(UsageError, match=r"token_file cannot be used .*none"):
+    with pytest.raises(UsageError, match=r"token_file .*none cannot be used"):
         Priors(PriorsSettings(kind="dicomweb", url=SERVICE, token_file=tmp_path / "none"), SERVICE)
+    with pytest.raises(UsageError, match=r"ca\.pem: No such file"):
+        Priors(PriorsSettings(kind="dicom", host="pacs", called_ae="PACS", tls_ca=tmp_path / "ca.pem"), SERVICE)
     with pytest.raises(UsageError, match="is off"):
         Priors(PriorsSettings(), SERVICE)
-
-
-def test_what_is_proposed_is_what_the_node_takes() -> None:
-    listener = pytest.importorskip("serve.node.listener")
-    assert set(IMAGE_SYNTAXES) <= set(listener.TRANSFER_SYNTAXES)
 
 
 @pytest.mark.parametrize(

@@ -10,6 +10,7 @@ import logging
 import threading
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 
 from cxr_ray.errors import CxrRayError, UsageError
 from serve.logs import fields
@@ -20,9 +21,10 @@ from serve.node.prior_query import Archive, NotAskedError, Question, question_of
 from serve.node.prior_retrieval import FetchedStudy, Retrieval
 from serve.node.prior_service import PriorService, ServiceAwayError
 from serve.node.prior_web import WebArchive
-from serve.node.priors_settings import PriorsSettings, tls_context
+from serve.node.priors_settings import PriorsSettings
 from serve.node.spool import SpooledInstance
 from serve.priors_outcome import Outcome, PriorsOutcome
+from serve.tls import client_context
 
 # Of the budget, what the archive may have: fetched films that nobody has time to answer are of no use.
 _ARCHIVES_SHARE = 0.7
@@ -224,13 +226,17 @@ def _patient(question: Question) -> tuple[object, ...]:
 
 def _opener(settings: PriorsSettings) -> Callable[[Deadline], Archive]:
     """What opens the archive for one study; its files are read once, at the start."""
-    token = None
-    try:
-        tls_context(settings)
-        if settings.token_file:
-            token = settings.token_file.read_text().strip()
-    except (OSError, UnicodeDecodeError) as error:
-        raise UsageError(f"priors: a file of TLS or token_file cannot be used ({error}); name one that can be read") from error
+    tls = client_context(settings.tls_ca, settings.tls_certificate, settings.tls_key)
     if settings.kind == "dicom":
-        return lambda deadline: DimseArchive(settings, deadline)
-    return lambda deadline: WebArchive(settings, token, deadline)
+        return lambda deadline: DimseArchive(settings, tls if settings.tls else None, deadline)
+    token = _token(settings.token_file)
+    return lambda deadline: WebArchive(settings, tls, token, deadline)
+
+
+def _token(file: Path | None) -> str | None:
+    try:
+        return file.read_text().strip() if file else None
+    except (OSError, UnicodeDecodeError) as error:
+        raise UsageError(
+            f"priors.token_file {file} cannot be used ({error}); name a text file that this user can read"
+        ) from error
