@@ -26,11 +26,11 @@ from measuring import ROOT, commit, say
 
 sys.path.insert(0, str(ROOT))
 
-from chaos_campaign import Campaign, Options, Outcome, strays  # noqa: E402 - finds the package
-from chaos_processes import CampaignError  # noqa: E402
-from chaos_site import Site  # noqa: E402
-from chaos_table import show  # noqa: E402
-from serve_targets import bundle  # noqa: E402
+from chaos_campaign import Campaign, Options, Outcome, strays
+from chaos_processes import CampaignError
+from chaos_site import Site
+from chaos_table import show
+from serve_targets import bundle
 
 _STUDIES_A_ROUND = 250
 _EDGE = 64
@@ -77,7 +77,7 @@ def _campaign(options: Options, folder: Path, network: Path) -> Outcome:
     try:
         with site:
             outcome = Campaign(options, site).run()
-        outcome.account.problems["left over"] += strays(site, ray_folder)
+        outcome.account.problems["left over"] += strays(site)
         return outcome
     finally:
         for gone in (ray_folder, postgres, folder / "archive", folder / "source"):

@@ -9,6 +9,7 @@ import json
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass, field
+from itertools import pairwise
 from typing import Any
 
 _SETTLED = ("done", "dead", "conflicts")
@@ -233,7 +234,7 @@ def _revisions_wrong(record: Record) -> Iterator[str]:
         ordered = sorted(found, key=lambda result: result.revision)
         if [result.revision for result in ordered] != list(range(1, len(ordered) + 1)):
             yield f"{where} has the revisions {', '.join(str(result.revision) for result in ordered)}"
-        for earlier, later in zip(ordered, ordered[1:], strict=False):
+        for earlier, later in pairwise(ordered):
             if not set(earlier.references) < set(later.references):
                 yield f"{where}: revision {later.revision} holds no image that {earlier.revision} did not, or lacks one of it"
             if kind == "sr" and later.predecessors != (earlier.sop_instance_uid,):

@@ -14,7 +14,7 @@ from chaos_clients import orthanc_client, pynetdicom_client, storescu
 from chaos_evidence import dead_results, letters, record, replay
 from chaos_faults import KILLS, Faults, Kind, healthy, schedule
 from chaos_journal import Journal, entries
-from chaos_plan import Client, Course, Study, studies
+from chaos_plan import PATIENT, Client, Course, Study, studies
 from chaos_proc import Holdings, holdings
 from chaos_processes import CampaignError, until
 from chaos_senders import Senders
@@ -100,6 +100,10 @@ class Campaign:
         self._restart()
         for child in site.listeners:
             child.stop()
+        self._leftovers += self._faults.ended
+        self._leftovers += [
+            f"the log of {child.name} names a patient" for child in site.listeners if _names_somebody(child.log)
+        ]
         told = letters(site.spool)
         found = record(site, self._leftovers)
         return Outcome(
@@ -108,7 +112,12 @@ class Campaign:
             account=balance(found),
             faults=self._counted(),
             skipped={kind.value: reason for kind, reason in self._faults.skipped.items()},
-            notes={**self._faults.notes, "dead letters of destinations replayed": len(replayed)},
+            notes={
+                **self._faults.notes,
+                **{f"second destination {mode.value}: met": count for mode, count in site.met().items()},
+                "dead letters of destinations replayed": len(replayed),
+                "tracebacks in the listeners' logs": sum(_text(child.log).count("Traceback") for child in site.listeners),
+            },
             held=held,
             seconds=time.monotonic() - began,
             letters=dict(told),
@@ -221,9 +230,17 @@ def _too_much(before: Holdings, after: Holdings) -> str:
     return " and ".join(found)
 
 
-def strays(site: Site, ray_folder: Path) -> list[str]:
+def _text(log: Path) -> str:
+    return log.read_text(errors="replace")
+
+
+def _names_somebody(log: Path) -> bool:
+    return PATIENT in _text(log)
+
+
+def strays(site: Site) -> list[str]:
     """What the campaign itself has left: processes, kills them, and mounts."""
     found = [f"process {process}" for process in site.family.end()]
     if os.path.ismount(site.disk.root):
         found.append(f"{site.disk.root} is mounted still")
-    return [*found, *([] if ray_folder.exists() else [f"{ray_folder} is gone"])]
+    return found

@@ -1,11 +1,11 @@
 """A destination that can be made to fail: a storage SCP in a process of its own, which keeps what it takes in a journal.
 
-    python bench/chaos_destination.py --port N --title AE --journal FILE --mode FILE
+    python bench/chaos_destination.py --port N --title AE --journal FILE --met FILE --mode FILE
 
-The file `--mode` holds a word and may be written at any time; the destination reads it before each answer. An instance is in
-the journal, forced to disk, before it is answered 0x0000; where the connection is cut after the request was read, half of them
-are kept and half are not, as it happens where a receiver dies. A line says whether the instance was kept, and what of it the
-account needs: its UID, what it refers to, and a digest of its bytes.
+The file `--mode` holds a word and may be written at any time; the destination reads it before each answer, and notes in `--met`
+whom a failure has met. An instance is in the journal, forced to disk, before it is answered 0x0000; where the connection is cut
+after the request was read, half of them are kept and half are not, as it happens where a receiver dies. A line says whether the
+instance was kept, and what of it the account needs: its UID, what it refers to, and a digest of its bytes.
 """
 
 import argparse
@@ -51,8 +51,8 @@ class Mode(Enum):
 class Destination:
     """The storage SCP."""
 
-    def __init__(self, title: str, journal: Journal, mode: Path) -> None:
-        self._title, self._journal, self._mode_file = title, journal, mode
+    def __init__(self, title: str, journal: Journal, met: Journal, mode: Path) -> None:
+        self._title, self._journal, self._met, self._mode_file = title, journal, met, mode
         self._cuts = 0
 
     def start(self, port: int) -> None:
@@ -73,11 +73,14 @@ class Destination:
         # PS3.8 table 9-21: rejected transient, local limit exceeded; rejected permanent, called AE title not recognised.
         refusal = {Mode.TRANSIENT: (0x02, 0x03, 0x02), Mode.PERMANENT: (0x01, 0x01, 0x07)}.get(self._mode)
         if refusal:
+            self._met.write(mode=self._mode.name)
             event.assoc.acse.send_reject(*refusal)
             event.assoc.kill()
 
     def _store(self, event: evt.Event) -> int:
         mode = self._mode
+        if mode is not Mode.WELL:
+            self._met.write(mode=mode.name)
         if mode is Mode.FULL:
             return _OUT_OF_RESOURCES
         hung_until = time.monotonic() + _LONGEST_HANG_SECONDS
@@ -131,11 +134,12 @@ def main() -> None:
     parser.add_argument("--port", type=int, required=True, help="TCP port on 127.0.0.1")
     parser.add_argument("--title", required=True, help="AE title")
     parser.add_argument("--journal", type=Path, required=True, help="what it took; added to")
+    parser.add_argument("--met", type=Path, required=True, help="whom its failures met; added to")
     parser.add_argument("--mode", type=Path, required=True, help="file with the name of a mode")
     options = parser.parse_args()
     ended = threading.Event()
     signal.signal(signal.SIGTERM, lambda *_: ended.set())
-    Destination(options.title, Journal(options.journal), options.mode).start(options.port)
+    Destination(options.title, Journal(options.journal), Journal(options.met), options.mode).start(options.port)
     print("listening", flush=True)
     ended.wait()
 

@@ -25,6 +25,7 @@ _FIRST, _LAST = 0.02, 0.9
 _LONGEST_DELAY = 1.5
 _CLOCK_STEPS = (3600, -3600, 86400, -86400)
 _STARTS = 20
+_LONGEST_WAIT = 20
 
 
 class Kind(Enum):
@@ -122,12 +123,15 @@ class Faults:
         Kinds that cannot be made to happen here, and why.
     notes
         What else was counted on the way.
+    ended
+        What ended that nobody had killed.
     """
 
     def __init__(self, site: Site, planned: list[Planned], seed: int) -> None:
         self._site, self._planned, self._chance = site, planned, random.Random(f"victims {seed}")
         self.counts: Counter[Kind] = Counter()
         self.notes: Counter[str] = Counter()
+        self.ended: list[str] = []
         self.skipped: dict[Kind, str] = {}
         if site.disk.reason:
             self.skipped[Kind.DISK] = site.disk.reason
@@ -220,6 +224,18 @@ class Faults:
             self._during(planned, lambda: site.set_clock(step), lambda: site.set_clock(0))
         self.counts[kind] += 1
 
+    def _fail_second(self, planned: Planned, mode: Mode) -> None:
+        """Fail until somebody has met it: while nothing is to be delivered, a failure is none."""
+        met = self._site.met()[mode]
+        self._site.set_mode(mode)
+        try:
+            self._stopping.wait(planned.seconds)
+            until_then = time.monotonic() + _LONGEST_WAIT
+            while self._site.met()[mode] == met and time.monotonic() < until_then and not self._stopping.is_set():
+                time.sleep(0.1)
+        finally:
+            self._site.set_mode(Mode.WELL)
+
     def _during(self, planned: Planned, begin: Callable[[], None], mend: Callable[[], None]) -> None:
         try:
             begin()
@@ -231,6 +247,8 @@ class Faults:
         """Kill somebody and start it again; says whom, None where there was nobody."""
         site = self._site
         if planned.kind is Kind.RAY:
+            if not site.service.up:
+                self.ended.append(f"the service had ended by itself: {site.service.said()}")
             said = self._announce(planned, f"{len(site.replicas())} replicas among it")
             self._during(planned, site.service.kill, lambda: self._revive(site.service))
             return said
@@ -239,6 +257,8 @@ class Faults:
         victim = self._victim(planned.kind)
         if victim is None:
             return None
+        if not victim.up:
+            self.ended.append(f"{victim.name} had ended by itself: {victim.said()}")
         said = self._announce(planned, victim.name)
         self._during(planned, victim.kill, lambda: self._revive(victim))
         return said

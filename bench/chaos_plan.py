@@ -6,7 +6,7 @@ which other bytes under the same UID are told apart, is its Instance Number.
 
 import hashlib
 import random
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from enum import Enum
 from functools import cache
 from pathlib import Path
@@ -18,6 +18,7 @@ from ingest.phantom import PhantomVisit, simulate_patients
 from ingest.phantom_drawing import draw
 from ingest.phantom_release import phantom_dicom
 
+PATIENT = "CHAOSPATIENT"
 _EDGE = 256
 _FILMS = 24
 _YOUNGEST, _OLDEST = 20, 95
@@ -57,6 +58,7 @@ _SHARES = {
 # A C-STORE that is cut is written by hand; what is sent twice goes by the clients that can leave an association half-way.
 _CLIENTS = {Course.CUT: (Client.PYNETDICOM,), Course.UNREAD: (Client.PYNETDICOM,)}
 _PERSISTENT_SHARE = 0.85
+_PAUSE_SECONDS = (0.3, 8.0)
 
 
 @dataclass(frozen=True)
@@ -109,12 +111,16 @@ class Study:
 
 
 def studies(count: int, seed: int) -> list[Study]:
-    """The studies of a campaign, in the order in which they are sent; every course is among them."""
+    """The studies of a campaign, in the order in which they are sent.
+
+    Every course is among them, and the first of each is brought to its end.
+    """
     chance = random.Random(f"studies {seed}")
     courses = [course for course, share in _SHARES.items() for _ in range(max(1, int(count * share)))][:count]
     courses += [Course.SINGLE] * (count - len(courses))
     chance.shuffle(courses)
-    return [_study(number, course, seed, chance) for number, course in enumerate(courses)]
+    made = [_study(number, course, seed, chance) for number, course in enumerate(courses)]
+    return [replace(study, persistent=True) if study.course not in courses[: study.number] else study for study in made]
 
 
 def _study(number: int, course: Course, seed: int, chance: random.Random) -> Study:
@@ -123,7 +129,7 @@ def _study(number: int, course: Course, seed: int, chance: random.Random) -> Stu
             sop_instance_uid=_uid("instance", seed, number, place),
             study_instance_uid=_uid("study", seed, number),
             series_instance_uid=_uid("series", seed, number),
-            patient=f"CHAOS{number:06d}",
+            patient=f"{PATIENT}{number:06d}",
             film=(number + place + version) % _FILMS,
             lateral=lateral,
             version=version,
@@ -142,7 +148,7 @@ def _study(number: int, course: Course, seed: int, chance: random.Random) -> Stu
         client=chance.choice(_CLIENTS.get(course, tuple(Client))),
         persistent=chance.random() < _PERSISTENT_SHARE,
         images=images,
-        pause=chance.uniform(0.3, 4),
+        pause=chance.uniform(*_PAUSE_SECONDS),
         cut=1.0 if course is Course.UNREAD else chance.uniform(0.02, 0.98),
     )
 

@@ -12,6 +12,7 @@ import random
 import shutil
 import socket
 import sys
+from collections import Counter
 from collections.abc import Sequence
 from contextlib import ExitStack, suppress
 from pathlib import Path
@@ -20,6 +21,7 @@ from typing import Self
 import httpx
 from chaos_destination import Mode
 from chaos_disk import SpoolDisk
+from chaos_journal import entries
 from chaos_proc import descendants, lock_holder
 from chaos_processes import CampaignError, Child, Family, product
 from chaos_stores import PostgresStore, ResultsStore, SqliteStore
@@ -57,7 +59,7 @@ class Site:
         self.faketime = next(iter(sorted(Path("/").glob(_FAKETIME[1:]))), None)
         self._store_kind, self._bundle, self._ray = store, bundle, ray_folder
         self.sent, self.taken = folder / "sent.jsonl", folder / "second.jsonl"
-        self._mode = folder / "second.mode"
+        self._met, self._mode = folder / "second.met.jsonl", folder / "second.mode"
 
     def __enter__(self) -> Self:
         try:
@@ -113,6 +115,10 @@ class Site:
         written = self._mode.with_suffix(".new")
         written.write_text(mode.name)
         written.rename(self._mode)
+
+    def met(self) -> Counter[Mode]:
+        """How many associations or instances each way to fail has met."""
+        return Counter(Mode[line["mode"]] for line in entries(self._met))
 
     def set_clock(self, offset: int) -> None:
         """Set the listeners' clocks so many seconds off."""
@@ -204,7 +210,7 @@ class Site:
         return Child(self.family, name, [program, file], lambda: _answers(f"http://127.0.0.1:{http}/system")), client
 
     def _second(self, port: int) -> Child:
-        options = ["--port", port, "--title", "SECOND", "--journal", self.taken, "--mode", self._mode]
+        options = ["--port", port, "--title", "SECOND", "--journal", self.taken, "--met", self._met, "--mode", self._mode]
         command = [sys.executable, script("chaos_destination.py"), *map(str, options)]
         return Child(self.family, SECOND, command, lambda: _listens(port))
 
