@@ -11,6 +11,7 @@ with one image fails only its own request.
 """
 
 from dataclasses import dataclass
+from pathlib import Path
 
 from fastapi import FastAPI
 from ray import serve
@@ -30,6 +31,8 @@ from serve.log_files import log_as_replica
 from serve.logs import log_request
 from serve.metrics import RequestMetrics
 from serve.network import Network, NetworkOptions
+from serve.node.storage import StorageRules
+from serve.spooled_intake import SpooledIntake
 from serve.store import Store
 from serve.trace import FinishedRequest
 
@@ -71,7 +74,8 @@ class Ingress:
         kept_aside = Model(shadow, settings.answer_seconds) if shadow else None
         intake = Intake(answering, store, asked[DEFAULT_MODEL], kept_aside)
         guard = Guard(entrance.secret, store.find_token, required=entrance.required)
-        self._services = Services(settings, store, answering, intake, guard)
+        spooled = _spooled(settings)
+        self._services = Services(settings, store, answering, intake, guard, spooled)
         self._watch = _Watch(self._decoders)
 
     def __serve_build_asgi_app__(self) -> FastAPI:
@@ -82,6 +86,13 @@ class Ingress:
         """End the decoders with their replica."""
         if hasattr(self, "_decoders"):
             self._decoders.close()
+
+
+def _spooled(settings: GraphSettings) -> SpooledIntake | None:
+    if settings.stow_spool is None:
+        return None
+    rules = StorageRules(settings.max_upload_mb * 1_000_000, settings.stow_min_free_mb * 1_000_000)
+    return SpooledIntake(Path(settings.stow_spool), rules)
 
 
 class _Watch(RequestMetrics):

@@ -51,6 +51,12 @@ class GraphSettings(Settings):
     drift_window: int = Field(
         500, ge=2, le=100_000, description="Last images of a network whose inputs are compared with its training split's."
     )
+    stow_spool: str | None = Field(
+        None,
+        description="Spool of a DICOM node on this machine, through which STOW-RS goes, so that results are delivered; "
+        "default: with_node's own, else none: STOW-RS is answered at once.",
+    )
+    stow_min_free_mb: int = Field(2147, ge=0, description="MB of free disk below which nothing goes into that spool; 0 is off.")
     log_folder: str | None = Field(
         None, description="Folder, on each machine, of the replicas' log files; default: logs/serve of Ray's session."
     )

@@ -15,9 +15,10 @@ import numpy as np
 from cxr_ray.dicom_header import looks_like_dicom
 from cxr_ray.errors import CxrRayError
 from serve.answering import Answered, Answering, Model
-from serve.http.answers import Prediction
+from serve.http.answers import KeptPrediction, Prediction
 from serve.http.problems import ApiProblem, overloaded
 from serve.instance_names import InstanceNames, content_digest, instance_names
+from serve.priors_outcome import PriorsOutcome
 from serve.store import Answer, Finding, OtherContentError, Picture, ReceivedInstance, Store
 from serve.trace import refused, stage
 from serve.uploads import Stated
@@ -29,11 +30,17 @@ _TRANSIENT = {408, 503}
 
 @dataclass(frozen=True)
 class Arrival:
-    """How an instance came here."""
+    """How an instance came here.
+
+    `priors` is what came of asking an archive for earlier studies, None if nobody asked; `fetched` if it is itself such a
+    study's.
+    """
 
     calling_ae: str | None = None
     received_at: datetime | None = None
     study_instance_uid: str | None = None
+    priors: PriorsOutcome | None = None
+    fetched: bool = False
 
 
 class Intake:
@@ -51,7 +58,7 @@ class Intake:
         self._answering, self._store, self._model, self._shadow = answering, store, model, shadow
         self._asides: set[asyncio.Task[None]] = set()
 
-    async def keep(self, data: bytes, arrival: Arrival) -> tuple[InstanceNames, Prediction]:
+    async def keep(self, data: bytes, arrival: Arrival) -> tuple[InstanceNames, KeptPrediction]:
         """Answer a DICOM instance and keep the answer; an answer that this model gave before is given again.
 
         Raises
@@ -76,18 +83,22 @@ class Intake:
                 await self._recorded(self._store.record_refusal, received, problem.detail)
             raise
         picture = await asyncio.to_thread(_picture, answered)
-        await self._recorded(self._store.record_result, received, _answer(answered.prediction), picture)
-        if self._shadow is not None:
+        prediction = _kept(answered.prediction, arrival.priors)
+        await self._recorded(self._store.record_result, received, _answer(prediction), picture)
+        if self._shadow is not None and not arrival.fetched:
             aside = asyncio.create_task(self._ask_shadow(self._shadow, names.sop_instance_uid, data))
             self._asides.add(aside)
             aside.add_done_callback(self._asides.discard)
-        return names, answered.prediction
+        return names, prediction
 
-    async def _known(self, received: ReceivedInstance) -> Prediction | None:
+    async def _known(self, received: ReceivedInstance) -> KeptPrediction | None:
         digest = await self._recorded(self._store.content_digest, received.sop_instance_uid)
         if digest is None:
             return None
-        if digest != received.content_digest:
+        # What an archive hands out may be written in other bytes, and was looked at for its findings only.
+        if not received.fetched and await self._recorded(self._store.is_fetched, received.sop_instance_uid):
+            return None
+        if digest != received.content_digest and not received.fetched:
             raise ApiProblem(409, f"instance {received.sop_instance_uid} was received before with other bytes")
         model = await self._model.describe()
         answer = await self._recorded(self._store.answer, received.sop_instance_uid, model.digest)
@@ -105,7 +116,7 @@ class Intake:
     async def _ask_shadow(self, shadow: Model, sop_instance_uid: str, data: bytes) -> None:
         try:
             answered = await self._answering.answer(data, sop_instance_uid, Stated(), shadow)
-            await asyncio.to_thread(self._store.record_shadow, sop_instance_uid, _answer(answered.prediction))
+            await asyncio.to_thread(self._store.record_shadow, sop_instance_uid, _answer(_kept(answered.prediction, None)))
         except (ApiProblem, CxrRayError) as error:
             # Nobody waits for it, and what is shown does not depend on it.
             _log.warning("the shadow model gave no answer (%s)", type(error).__name__)
@@ -134,10 +145,16 @@ def _received(names: InstanceNames, data: bytes, arrival: Arrival) -> ReceivedIn
         patient_id=names.patient_id,
         accession_number=names.accession_number,
         study_date=names.study_date,
+        fetched=arrival.fetched,
     )
 
 
-def _answer(prediction: Prediction) -> Answer:
+def _kept(prediction: Prediction, priors: PriorsOutcome | None) -> KeptPrediction:
+    warnings = [*prediction.warnings, *(priors.warnings() if priors else ())]
+    return KeptPrediction(**{**dict(prediction), "warnings": warnings}, priors=priors)
+
+
+def _answer(prediction: KeptPrediction) -> Answer:
     model = prediction.model
     return Answer(
         model.name,
@@ -146,17 +163,19 @@ def _answer(prediction: Prediction) -> Answer:
         tuple(Finding(**finding.model_dump()) for finding in prediction.findings),
         prediction.clinical.model_dump(mode="json"),
         warnings=tuple(prediction.warnings),
+        priors=prediction.priors.model_dump(mode="json") if prediction.priors else None,
     )
 
 
-def prediction_of(answer: Answer) -> Prediction:
+def prediction_of(answer: Answer) -> KeptPrediction:
     """A stored answer as it was given."""
-    return Prediction.model_validate(
+    return KeptPrediction.model_validate(
         {
             "model": {"name": answer.model_name, "version": answer.model_version, "digest": answer.model_digest},
             "findings": [vars(finding) for finding in answer.findings],
             "clinical": answer.clinical,
             "warnings": list(answer.warnings),
+            "priors": answer.priors,
         }
     )
 

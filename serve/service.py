@@ -118,7 +118,11 @@ def replace_graph(settings: ServeSettings) -> None:
 def _run(settings: ServeSettings, entrance: Entrance) -> None:
     from ray import serve  # noqa: PLC0415 - as above
 
-    graph = build_graph(GraphSettings(**settings.model_dump(include=set(GraphSettings.model_fields))), entrance)
+    own = settings.model_dump(include=set(GraphSettings.model_fields))
+    if settings.with_node and settings.stow_spool is None:
+        free = settings.node.listener.min_free_bytes // 1_000_000
+        own |= {"stow_spool": str(settings.node.spool.absolute()), "stow_min_free_mb": free}
+    graph = build_graph(GraphSettings(**own), entrance)
     serve.run(graph, name=APPLICATION, route_prefix="/")
 
 

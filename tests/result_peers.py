@@ -1,7 +1,6 @@
 """Destinations as tests need them: real servers that answer as scripted, and results small enough to send by the thousand."""
 
 import json
-import os
 import socket
 import ssl
 import subprocess
@@ -269,7 +268,7 @@ def certificate(folder: Path, name: str, ca: tuple[Path, Path] | None = None) ->
 
 
 def open_descriptors() -> int:
-    return len(os.listdir("/proc/self/fd"))
+    return len(list(Path("/proc/self/fd").iterdir()))
 
 
 def read_part(body: bytes) -> list[Dataset]:

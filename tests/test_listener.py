@@ -265,7 +265,10 @@ def test_disk_that_runs_low_within_an_association_is_a700(listen, spool: Spool, 
             os.posix_fallocate(ballast.fileno(), 0, 2 * margin)
         assert peer.send(data_set_of(small()), generate_uid()).Status == OUT_OF_RESOURCES
         (tmp_path / "ballast").unlink()
-    assert len(spool.pending()) == 1
+        # The node goes on by itself.
+        again = small()
+        assert peer.send(data_set_of(again), again.stem).Status == 0x0000
+    assert len(spool.pending()) == 2
 
 
 @dcmtk

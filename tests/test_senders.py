@@ -332,16 +332,17 @@ def test_too_many_contexts_are_refused_before_the_peer_sees_them(scp) -> None:
     peer = Peer("127.0.0.1", scp().port, SCP_TITLE, "NODE")
     contexts = [Context(f"1.2.{number}", ExplicitVRLittleEndian) for number in range(129)]
     with pytest.raises(ValueError, match="129 presentation contexts"):
-        Association(peer, contexts, settings_of(kind="sender", default_port=104).timeouts)
+        Association(peer, contexts, settings_of(kind="sender", default_port=104).timeouts).request()
 
 
 @pytest.mark.system
 def test_echo_and_storage_with_dcmtk(free_port, tmp_path: Path, waiting: Parcel) -> None:
     port = free_port()
-    with dcmtk_scp(port, tmp_path / "received", "-pdu", "4096"):
+    with DcmtkScp(port, tmp_path / "received", "-pdu", "4096"):
         verification = Context("1.2.840.10008.1.1", ImplicitVRLittleEndian)
         timeouts = settings_of(kind="sender", default_port=104).timeouts
         association = Association(Peer("127.0.0.1", port, SCP_TITLE, "NODE"), [verification], timeouts)
+        association.request()
         assert association.c_echo(verification) == 0x0000
         association.release()
         assert Sent(dicom(port), waiting).outcome == Delivered("0x0000")
@@ -365,7 +366,7 @@ def test_dcmtk_that_refuses_and_aborts(
     free_port, tmp_path: Path, waiting: Parcel, option: str, wanted: type, says: str
 ) -> None:
     port = free_port()
-    with dcmtk_scp(port, tmp_path / "received", option):
+    with DcmtkScp(port, tmp_path / "received", option):
         sent = Sent(dicom(port), waiting)
     assert type(sent.outcome) is wanted
     assert says in sent.outcome.reason
@@ -380,7 +381,7 @@ def test_tls_with_dcmtk_and_what_is_wrong_with_it(free_port, tmp_path: Path, wai
     port = free_port()
     mutual = {"certificate": ours[0], "key": ours[1]}
     # DCMTK wants a certificate of ours, signed by an authority that it trusts.
-    with dcmtk_scp(port, tmp_path / "received", "+tls", theirs[1], theirs[0], "+cf", ca[0]):
+    with DcmtkScp(port, tmp_path / "received", "+tls", theirs[1], theirs[0], "+cf", ca[0]):
         assert Sent(dicom(port, tls={"ca": ca[0], **mutual}), waiting).outcome == Delivered("0x0000")
         for wrong, says in (
             ({"ca": other[0], **mutual}, "its certificate"),
@@ -658,7 +659,7 @@ def test_settings_of_every_kind(tmp_path: Path) -> None:
     assert sender.port_of("MR3", "10.0.0.1") == ("10.0.0.1", 11112)
 
 
-class dcmtk_scp:
+class DcmtkScp:
     """DCMTK's storescp on a port, writing into a folder."""
 
     def __init__(self, port: int, folder: Path, *options: object) -> None:

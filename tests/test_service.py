@@ -246,6 +246,8 @@ def test_openapi_describes_what_is_there(http: httpx.Client) -> None:
         ("/v1/patients/{patient_id}/history", "put"),
         ("/dicom-web/studies", "post"),
         ("/dicom-web/studies/{study_uid}", "post"),
+        ("/v1/priors/known", "post"),
+        ("/v1/priors/results", "post"),
         ("/healthz", "get"),
         ("/readyz", "get"),
     }

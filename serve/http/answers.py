@@ -8,6 +8,7 @@ from pydantic import BaseModel, ConfigDict, Field, JsonValue
 
 from cxr_ray.findings import FINDINGS
 from serve.http.problems import ProblemDetails
+from serve.priors_outcome import PriorsOutcome
 from serve.store import InstanceView, StudyView, Verdict
 
 
@@ -65,6 +66,14 @@ class Prediction(_Json):
     warnings: list[str]
 
 
+class KeptPrediction(Prediction):
+    """Answer to an instance that is kept."""
+
+    priors: PriorsOutcome | None = Field(
+        description="What came of asking an archive for earlier studies; null where nobody asked."
+    )
+
+
 class ImageResult(_Json):
     """Answer to one of several images: a prediction, or the problem with this image."""
 
@@ -108,6 +117,7 @@ class InstanceAnswer(_Json):
     findings: list[FindingAnswer]
     clinical: dict[str, JsonValue] | None
     warnings: list[str]
+    priors: PriorsOutcome | None
 
 
 class StudyFindingAnswer(_Json):
@@ -198,6 +208,7 @@ def _instance_answer(view: InstanceView) -> InstanceAnswer:
         findings=[FindingAnswer(**vars(finding)) for finding in answer.findings] if answer else [],
         clinical=answer.clinical if answer else None,
         warnings=list(answer.warnings) if answer else [],
+        priors=PriorsOutcome.model_validate(answer.priors) if answer and answer.priors else None,
     )
 
 

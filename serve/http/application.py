@@ -7,7 +7,7 @@ from starlette.formparsers import MultiPartParser
 
 from cxr_ray import __version__
 from serve.graph_settings import GraphSettings
-from serve.http import dicomweb, health, patients, predict, studies
+from serve.http import dicomweb, health, patients, predict, priors, studies
 from serve.http.body import BodyLimits, RequestFrame
 from serve.http.problems import on_http_error, on_invalid
 from serve.http.services import Services
@@ -27,7 +27,7 @@ def create_api() -> FastAPI:
         summary="Probabilities of fourteen findings from a frontal chest radiograph. Research use only.",
         exception_handlers={RequestValidationError: on_invalid, HTTPException: on_http_error},
     )
-    for module in (predict, studies, patients, dicomweb, health):
+    for module in (predict, studies, patients, priors, dicomweb, health):
         api.include_router(module.router)
     for router in (worklist.router, worklist.rows_router, study.router, sessions.router, sessions.watch, assets.router):
         api.include_router(router)

@@ -15,6 +15,8 @@ from serve.http.problems import UPLOADING, ApiProblem, problems
 from serve.http.services import Services, Serving
 from serve.instance_names import InstanceNames, instance_names
 from serve.intake import Arrival
+from serve.node.storage import StoreRefused
+from serve.spooled_intake import SpooledIntake
 
 router = APIRouter(tags=["dicomweb"])
 DICOM_JSON = "application/dicom+json"
@@ -66,7 +68,10 @@ class _Parts:
     openapi_extra={"requestBody": {"content": {'multipart/related; type="application/dicom"': {}}, "required": True}},
 )
 async def store_instances(request: Request, serving: Serving, _actor: Writer) -> JSONResponse:
-    """Answer and keep every instance; the response says which were, and why the others were not."""
+    """Answer and keep every instance; the response says which were, and why the others were not.
+
+    Beside a DICOM node, the instances go into its spool: kept durably now, answered soon, and their results delivered.
+    """
     return await _stored(request, serving, None)
 
 
@@ -89,7 +94,8 @@ async def _stored(request: Request, serving: Services, study_uid: str | None) ->
     most = serving.settings.max_images
     if len(instances) > most:
         raise ApiProblem(413, f"{len(instances)} instances were sent; send {most} a request")
-    outcomes = await asyncio.gather(*(_outcome(serving, data, study_uid) for data in instances))
+    address = request.client.host if request.client else ""
+    outcomes = await asyncio.gather(*(_outcome(serving, data, study_uid, address) for data in instances))
     kept = [entry for stored, entry in outcomes if stored]
     refused = [entry for stored, entry in outcomes if not stored]
     answer: dict[str, object] = {}
@@ -129,8 +135,10 @@ async def _instances(request: Request) -> list[bytes]:
     return [bytes(content) for _, content in parts.parts]
 
 
-async def _outcome(serving: Services, data: bytes, study_uid: str | None) -> tuple[bool, dict]:
+async def _outcome(serving: Services, data: bytes, study_uid: str | None, address: str) -> tuple[bool, dict]:
     """Whether an instance was kept, and its item in the response."""
+    if serving.spooled is not None:
+        return await asyncio.to_thread(_spooled, serving.spooled, data, study_uid, address)
     try:
         names, _ = await serving.intake.keep(data, Arrival(study_instance_uid=study_uid))
     except ApiProblem as problem:
@@ -140,6 +148,15 @@ async def _outcome(serving: Services, data: bytes, study_uid: str | None) -> tup
         return False, item
     # Retrieve URL, type 2: instances are not given back here.
     return True, {**_references(names), "00081190": {"vr": "UR"}}
+
+
+def _spooled(intake: SpooledIntake, data: bytes, study_uid: str | None, address: str) -> tuple[bool, dict]:
+    item = _item_of(data)
+    try:
+        intake.take(data, study_uid=study_uid, address=address)
+    except StoreRefused as refusal:
+        return False, {**item, "00081197": {"vr": "US", "Value": [refusal.status]}}
+    return True, {**item, "00081190": {"vr": "UR"}}
 
 
 def _item_of(data: bytes) -> dict:

@@ -3,11 +3,13 @@
 from typing import Annotated, Literal
 
 from fastapi import Depends, Form, Request, UploadFile
+from pydantic import ValidationError
 
 from cxr_ray import findings
 from cxr_ray.errors import CxrRayError
 from serve.http.moments import Day
 from serve.http.problems import ApiProblem
+from serve.priors_outcome import PriorsOutcome
 from serve.store.records import tomorrow
 from serve.uploads import Stated
 
@@ -56,6 +58,24 @@ async def stated(
     if study_date is not None and study_date > tomorrow():
         raise ApiProblem(400, f"study_date {study_date} is in the future; send the day of the examination")
     return Stated(age, sex, view, parse_history(history), patient_id, study_date)
+
+
+def parse_priors(text: str | None) -> PriorsOutcome | None:
+    """What came of asking an archive, as the node's form says it; None where it says nothing.
+
+    Raises
+    ------
+    ApiProblem
+        400, naming the field that is wrong.
+    """
+    if text is None or not text.strip():
+        return None
+    try:
+        return PriorsOutcome.model_validate_json(text)
+    except ValidationError as error:
+        first = error.errors(include_url=False, include_input=False)[0]
+        where = ".".join(["priors", *map(str, first["loc"])])
+        raise ApiProblem(400, f"{where[:80]}: {first['msg']}; send the JSON that /openapi.json calls PriorsOutcome") from None
 
 
 Patient = Annotated[Stated, Depends(stated)]

@@ -13,6 +13,7 @@ from serve.graph_settings import GraphSettings
 from serve.http.access import Actor, Guard
 from serve.http.problems import ApiProblem, overloaded
 from serve.intake import Intake
+from serve.spooled_intake import SpooledIntake
 from serve.store import OtherContentError, Store
 from serve.trace import stage
 
@@ -21,13 +22,14 @@ Found = TypeVar("Found")
 
 @dataclass(frozen=True)
 class Services:
-    """Settings, store, and what answers."""
+    """Settings, store, and what answers; `spooled` takes what comes by STOW-RS where it goes through a node's spool."""
 
     settings: GraphSettings
     store: Store
     answering: Answering
     intake: Intake
     guard: Guard
+    spooled: SpooledIntake | None = None
 
     async def from_store(self, question: Callable[[Store], Found]) -> Found:
         """Ask the store in a thread.

@@ -1,6 +1,6 @@
 """What was received and answered: studies, their pictures and heatmaps. Each look at a study is recorded."""
 
-from typing import Annotated
+from typing import Annotated, Literal
 
 import cv2
 import numpy as np
@@ -11,9 +11,9 @@ from cxr_ray.earlier_visits import EarlierVisit, with_history
 from cxr_ray.findings import FINDINGS
 from serve.graph_settings import DEFAULT_MODEL
 from serve.http.access import WRITE, Actor, Reader, Writer
-from serve.http.answers import Prediction, StudyAnswer, StudyPage, study_answer
+from serve.http.answers import KeptPrediction, StudyAnswer, StudyPage, study_answer
 from serve.http.disclosure import check_filter, patient_names
-from serve.http.forms import multipart_only, uploaded
+from serve.http.forms import multipart_only, parse_priors, uploaded
 from serve.http.moments import Day, Moment
 from serve.http.predict import FindingName, known_finding
 from serve.http.problems import READING, UPLOADING, ApiProblem, problems
@@ -38,11 +38,23 @@ async def instances(
     image: Annotated[UploadFile, File(description="A DICOM file (PS3.10)")],
     calling_ae: Annotated[str | None, Form(max_length=16, description="AE title of the sender.")] = None,
     received_at: Annotated[Moment | None, Form(description="When it was accepted; now, if left out.")] = None,
-) -> Prediction:
+    origin: Annotated[
+        Literal["sent", "archive"],
+        Form(
+            description="archive: fetched as an earlier film of somebody whose new one is to be answered. It counts as that "
+            "patient's history and stands in no list."
+        ),
+    ] = "sent",
+    priors: Annotated[
+        str | None, Form(max_length=1000, description="JSON: what came of asking an archive for priors (PriorsOutcome).")
+    ] = None,
+) -> KeptPrediction:
     """What the DICOM node sends; sending an instance again gives the same answer and keeps nothing twice."""
     name = image.filename or "image"
+    outcome = parse_priors(priors)
     data = await uploaded(image, name)
-    _, prediction = await serving.intake.keep(data, Arrival(calling_ae, received_at))
+    arrival = Arrival(calling_ae, received_at, priors=outcome, fetched=origin == "archive")
+    _, prediction = await serving.intake.keep(data, arrival)
     return prediction
 
 
@@ -57,13 +69,17 @@ def study_filter(
     ] = None,
     status: Annotated[Status | None, Query()] = None,
     received_from: Annotated[Moment | None, Query(description="Received then or later.")] = None,
+    origin: Annotated[
+        Literal["sent", "archive"], Query(description="archive: those that were only fetched, as priors of others.")
+    ] = "sent",
 ) -> StudyFilter:
     """Which studies are asked for."""
     try:
         named = None if finding is None else known_finding(finding)
     except ApiProblem as problem:
         raise ApiProblem(400, problem.detail) from None
-    return StudyFilter(patient_id, accession_number, study_date_from, study_date_to, named, status, received_from)
+    dates = (study_date_from, study_date_to)
+    return StudyFilter(patient_id, accession_number, *dates, named, status, received_from, fetched=origin == "archive")
 
 
 Wanted = Annotated[StudyFilter, Depends(study_filter)]

@@ -18,7 +18,7 @@ from serve.instance_names import CONTENT_DIGITS
 from serve.node.data_set_head import HEAD_BYTES
 
 _MOST_FRAGMENTS = 256
-_WRITE_BACK_BYTES = 2 * 1024 * 1024
+_WRITE_BACK_BYTES = 512 * 1024
 _SYNC_FILE_RANGE_WRITE = 2
 _start_write_back = getattr(ctypes.CDLL(None, use_errno=True), "sync_file_range", None)
 
@@ -64,11 +64,13 @@ class Arrival:
             When it cannot be written.
         """
         fragments, self._fragments = self._fragments, []
-        for fragment in fragments[not self._written :]:
+        has_file_head = not self._written
+        self._write(list(fragments))
+        # After the writing: the disk is at work while this is computed.
+        for fragment in fragments[has_file_head:]:
             self._hash.update(fragment)
             if len(self.head) < HEAD_BYTES:
                 self.head += bytes(fragment[: HEAD_BYTES - len(self.head)])
-        self._write(fragments)
 
     def digest(self) -> str:
         """SHA-256 of what was flushed, to 64 bits, as `serve.instance_names.short_digest`."""

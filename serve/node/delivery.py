@@ -25,7 +25,8 @@ if TYPE_CHECKING:
 
 _DAY = 24 * 3600.0
 _SWEEP_SECONDS = 3600.0
-_JOIN_SECONDS = 5.0
+# For what is being sent to end by itself, and then for it to be cut off.
+_END_SECONDS, _ABORT_SECONDS = 4.0, 2.0
 
 _log = logging.getLogger(__name__)
 
@@ -91,7 +92,7 @@ class Delivery:
         if self._metrics is not None and self._collector is not None:
             self._metrics.unregister(self._collector)  # type: ignore[arg-type]
             self._collector = None
-        self._thread.join(3 * _JOIN_SECONDS)
+        self._thread.join(_END_SECONDS + 2 * _ABORT_SECONDS)
         self._thread, self._loops = None, {}
 
     def __enter__(self) -> Self:
@@ -152,11 +153,11 @@ class Delivery:
         finally:
             for loop in self._loops.values():
                 loop.stop()
-            _join(threads.values())
+            _join(threads.values(), _END_SECONDS)
             for name, loop in self._loops.items():
                 if threads[name].is_alive():
                     loop.abort()
-            _join(threads.values())
+            _join(threads.values(), _ABORT_SECONDS)
 
     def _tell_orphans(self) -> None:
         try:
@@ -186,7 +187,7 @@ def _seconds(days: float) -> float | None:
     return days * _DAY if days else None
 
 
-def _join(threads: Iterable[threading.Thread]) -> None:
-    until = time.monotonic() + _JOIN_SECONDS
+def _join(threads: Iterable[threading.Thread], seconds: float) -> None:
+    until = time.monotonic() + seconds
     for thread in threads:
         thread.join(max(until - time.monotonic(), 0.0))

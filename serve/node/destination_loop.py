@@ -1,8 +1,8 @@
 """Brings the parcels of one destination there, in a thread of its own: whatever this one does, the others go on.
 
-The oldest first; of a study, a revision only after the one before it is delivered or dead. What fails in passing waits, longer
-each time. Where the destination as a whole is not to be had, or three parcels fail in a row, the destination waits, and one
-parcel at a time finds out whether it is back; a parcel that fails alone waits alone.
+The oldest first, but what failed after what did not; of a study, a revision only after the one before it is delivered or dead.
+What fails in passing waits, longer each time. Where the destination as a whole is not to be had, or three parcels fail in a
+row, the destination waits, and one parcel at a time finds out whether it is back; a parcel that fails alone waits alone.
 """
 
 import logging
@@ -35,7 +35,7 @@ class _Entry:
 
     parcel: Parcel
     state: ParcelState
-    failures: int
+    failures: int = 0
     due: float = 0.0
     asked: float | None = None
 
@@ -136,7 +136,11 @@ class DestinationLoop:
             for name in self._entries.keys() - names:
                 del self._entries[name]
             for name in names - self._entries.keys():
-                self._take_in(name)
+                try:
+                    self._take_in(name)
+                except OSError as error:
+                    self._looked_ns = -1
+                    _log.error("destination %s: %s: cannot be taken in: %s", self._destination.name, name, error.strerror)
         if any(entry.awaited for entry in self._entries.values()):
             for name, reports in self._commitments.reports(self._destination.name).items():
                 if (entry := self._entries.get(name)) is not None and entry.awaited:
@@ -149,7 +153,7 @@ class DestinationLoop:
             return
         state = self._queue.state(name)
         try:
-            entry = _Entry(self._queue.read(name), state, state.attempts)
+            entry = _Entry(self._queue.read(name), state)
         except CxrRayError as error:
             self._queue.dead(name, Letter(reason=str(error), detail="", when=datetime.now(UTC), attempts=state.attempts))
             self._counts["dead"] += 1
@@ -169,6 +173,8 @@ class DestinationLoop:
     def _work(self) -> bool:
         """Send what is due, until it is time to look again; whether there was something."""
         worked, until = False, time.monotonic() + self._poll
+        if self._all_wait_until() > time.monotonic():
+            return False
         for entry in self._in_order():
             if self._stopping.is_set() or (worked and time.monotonic() > until):
                 break
@@ -181,16 +187,24 @@ class DestinationLoop:
         return worked
 
     def _in_order(self) -> Iterator[_Entry]:
-        """The first revision of each study, the oldest parcel first."""
+        """The first revision of each study, by age; those that failed come last, or the same few would be tried for ever."""
         heads: dict[str, _Entry] = {}
         for entry in self._entries.values():
             head = heads.get(entry.parcel.study_key)
             if head is None or _rank(entry) < _rank(head):
                 heads[entry.parcel.study_key] = entry
-        return iter(sorted(heads.values(), key=lambda entry: (entry.parcel.created_at, entry.parcel.id)))
+        return iter(sorted(heads.values(), key=lambda entry: (entry.failures, entry.parcel.created_at, entry.parcel.id)))
+
+    def _all_wait_until(self) -> float:
+        """Until when the destination is left alone, whatever waits: thousands need not be looked through meanwhile."""
+        outage = None if isinstance(self._destination, SenderDestination) else self._outages.get("")
+        return outage.until if outage else 0.0
 
     def _pause(self) -> float:
-        nearest = time.monotonic() + self._poll
+        now = time.monotonic()
+        nearest = now + self._poll
+        if (all_wait := self._all_wait_until()) > now:
+            return min(nearest, all_wait) - now
         for entry in self._in_order():
             outage = self._outages.get(self._route(entry.parcel))
             nearest = min(nearest, max(entry.due, outage.until if outage else 0.0))
@@ -200,11 +214,12 @@ class DestinationLoop:
     def _guarded(self, entry: _Entry, work: Callable[[], None]) -> None:
         try:
             work()
-        except FileNotFoundError:
-            self._entries.pop(entry.parcel.id, None)
-            self._looked_ns = -1
         except OSError as error:
-            self._wait(entry, Transient(f"disk: {error.strerror}"))
+            if self._queue.is_waiting(entry.parcel.id):
+                self._wait(entry, Transient(f"disk: {error.strerror}"))
+            else:
+                # Somebody took it away by hand.
+                self._entries.pop(entry.parcel.id, None)
         # Whatever else it is must not end the thread, nor keep the other parcels.
         except Exception as error:  # noqa: BLE001
             _log.error("parcel %s: %s while sending", entry.parcel.id, type(error).__name__, exc_info=error)
@@ -258,19 +273,25 @@ class DestinationLoop:
         elif entry.state.resends >= self._commitment.resends:
             self._settle(entry, Permanent(f"not committed to with {codes}, sent {entry.state.resends + 1} times"))
         else:
+            # First, or after a crash the old answer would be taken for that to the next question.
+            self._commitments.close(self._destination.name, entry.parcel.id)
             confirmed = tuple(name for name in entry.state.confirmed if name not in lacking)
             self._note(entry, confirmed=confirmed, asked_at=None, resends=entry.state.resends + 1)
             self._wait(entry, Transient(f"not committed to with {codes}"))
-        self._commitments.close(self._destination.name, entry.parcel.id)
 
     def _settle(self, entry: _Entry, outcome: Transient | Permanent) -> None:
         if isinstance(outcome, Permanent):
+            entry.state = entry.state.model_copy(update={"attempts": entry.state.attempts + 1})
             self._bury(entry, outcome)
-        elif self._too_old(entry):
+            return
+        self._wait(entry, outcome)
+        # What one parcel finds out about the destination counts for all.
+        same = [entry]
+        if outcome.whole_destination:
+            same = [other for other in self._entries.values() if self._route(other.parcel) == self._route(entry.parcel)]
+        for old in filter(self._too_old, same):
             words = f"given up after {self._patience.give_up_days:g} days: {outcome.reason}"
-            self._bury(entry, Permanent(words, outcome.detail))
-        else:
-            self._wait(entry, outcome)
+            self._bury(old, Permanent(words, outcome.detail))
 
     def _too_old(self, entry: _Entry) -> bool:
         if not self._patience.give_up_days:
@@ -326,7 +347,7 @@ class DestinationLoop:
         self._say(logging.INFO, entry, "delivered", attempts=attempts, seconds=seconds)
 
     def _bury(self, entry: _Entry, outcome: Permanent) -> None:
-        attempts = entry.state.attempts + 1
+        attempts = max(entry.state.attempts, 1)
         letter = Letter(reason=outcome.reason, detail=outcome.detail, when=datetime.now(UTC), attempts=attempts)
         self._queue.dead(entry.parcel.id, letter)
         self._entries.pop(entry.parcel.id, None)

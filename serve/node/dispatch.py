@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from datetime import UTC, datetime
 from email.utils import parsedate_to_datetime
 from http import HTTPStatus
-from typing import Self
+from typing import TYPE_CHECKING, Self
 
 import httpx
 from pydantic import BaseModel, Field, ValidationError
@@ -26,6 +26,9 @@ from serve.logs import fields
 from serve.node.durable import alone
 from serve.node.service_client import DispatchSettings, service_client
 from serve.node.spool import Spool, SpooledInstance
+
+if TYPE_CHECKING:
+    from serve.node.priors import Priors
 
 _PERMANENT = frozenset({400, 409, 413, 415, 422})
 _LONGEST_RETRY_AFTER = 3600.0
@@ -86,6 +89,8 @@ class Dispatcher:
     on_answered : callable, optional
         Called with an instance and the service's answer as JSON; takes the instance out of ``ready/``, durably. By default
         it moves to ``done/``.
+    priors : Priors, optional
+        Who asks an archive for the patient's earlier studies before an instance is brought; None asks nobody.
     """
 
     def __init__(
@@ -93,10 +98,12 @@ class Dispatcher:
         settings: DispatchSettings,
         spool: Spool,
         on_answered: Callable[[SpooledInstance, bytes], None] | None = None,
+        priors: "Priors | None" = None,
     ) -> None:
         self._settings = settings
         self._spool = spool
         self._on_answered = on_answered or (lambda instance, _answer: spool.done(instance.name))
+        self._priors = priors
         self._stopping = threading.Event()
         self._wake = threading.Event()
         self._thread: threading.Thread | None = None
@@ -234,6 +241,8 @@ class Dispatcher:
         arrival = {"received_at": instance.received_at.isoformat()}
         if instance.calling_ae:
             arrival["calling_ae"] = instance.calling_ae
+        if self._priors and (outcome := self._priors.before(instance)):
+            arrival["priors"] = outcome.model_dump_json()
         with instance.path.open("rb") as file:
             image = {"image": (instance.name, file, "application/dicom")}
             try:

@@ -4,7 +4,7 @@ It imports neither Ray nor torch: `cxr-ray listen` is a small process that can s
 """
 
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, closing, contextmanager
 from pathlib import Path
 
 from prometheus_client import CollectorRegistry
@@ -18,6 +18,8 @@ from serve.node.destinations import DeliverySettings
 from serve.node.dispatch import Dispatcher
 from serve.node.listener import Listener, ListenerSettings
 from serve.node.outbox import Outbox
+from serve.node.priors import Priors
+from serve.node.priors_settings import PriorsSettings
 from serve.node.results.settings import ResultSettings
 from serve.node.service_client import DispatchSettings, service_client
 from serve.node.spool import Spool
@@ -36,6 +38,7 @@ class NodeSettings(Settings):
     keep_done_days: float = Field(7, gt=0, description="How long settled instances are kept to recognise re-sends.")
     listener: ListenerSettings = Field(default_factory=ListenerSettings, description="Whom and what to accept.")
     dispatch: DispatchSettings = Field(default_factory=DispatchSettings, description="The service to ask.")
+    priors: PriorsSettings = Field(default_factory=PriorsSettings, description="Where to ask for a patient's earlier studies.")
     assembly: AssemblySettings = Field(default_factory=AssemblySettings, description="When a study is complete.")
     results: ResultSettings = Field(default_factory=ResultSettings, description="As whom results are signed.")
     delivery: DeliverySettings = Field(default_factory=DeliverySettings, description="Where results go.")
@@ -77,7 +80,10 @@ def dicom_node(settings: NodeSettings, *, service_url: str | None, token: str | 
             # Of a time when there were destinations: nobody waits for results any more.
             for name in spool.answers.awaiting():
                 spool.answers.settle(name)
-        dispatcher = stack.enter_context(Dispatcher(dispatch, spool, keep))
+        priors = None
+        if settings.priors.kind != "off":
+            priors = stack.enter_context(closing(Priors(settings.priors, dispatch.service_url, secret)))
+        dispatcher = stack.enter_context(Dispatcher(dispatch, spool, keep, priors))
         listener = Listener(settings.listener, spool, dispatcher.notify, on_commitment=commitments.report, registry=registry)
         receiving.append(stack.enter_context(listener))
         yield listener

@@ -90,6 +90,10 @@ class DestinationQueue:
         """Ids of the parcels that wait, in no order."""
         return [name for name in os.listdir(self._waiting) if not name.startswith(".")]  # noqa: PTH208 - a thousand times as fast
 
+    def is_waiting(self, name: str) -> bool:
+        """Whether a parcel waits."""
+        return (self._waiting / name).exists()
+
     def waiting_changed_ns(self) -> int:
         """When a parcel was last added or taken away: time of change of the folder."""
         return self._waiting.stat().st_mtime_ns

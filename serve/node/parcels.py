@@ -16,7 +16,7 @@ MediaType = Literal["application/dicom", "application/json"]
 DICOM: MediaType = "application/dicom"
 JSON: MediaType = "application/json"
 _SAFE = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]{0,127}")
-_SAFE_FILE = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]{0,63}\.(dcm|json)")
+_SAFE_FILE = re.compile(r"(?!(parcel|state|letter)\.json)[A-Za-z0-9][A-Za-z0-9_-]{0,63}\.(dcm|json)")
 
 
 class _Record(BaseModel):
@@ -92,7 +92,8 @@ class Parcel:
     def __post_init__(self) -> None:
         names = [item.name for item in self.items]
         for label, value, form in (
-            *(("id", value, _SAFE) for value in (self.id,)),
+            ("id", self.id, _SAFE),
+            ("destination", self.destination, _SAFE),
             ("study_key", self.study_key, _SAFE),
             *(("items", name, _SAFE_FILE) for name in names),
         ):

@@ -3,6 +3,7 @@
 import json
 from datetime import UTC, datetime
 from pathlib import Path
+from urllib.parse import urlsplit
 
 from serve.instance_names import instance_names
 from serve.node.arrival import Arrival
@@ -86,6 +87,6 @@ def letter(reason: str, status: int | None, attempts: int, instance: SpooledInst
 
 def _address_in(path: Path) -> str | None:
     try:
-        return read_meta(path).source_address or None
+        return urlsplit(read_meta(path).source_address).hostname
     except ValueError:
         return None

@@ -60,7 +60,10 @@ class Origin:
 
 @dataclass(frozen=True)
 class SpooledInstance:
-    """An accepted instance: where it lies and the identifiers under which its answer is filed."""
+    """An accepted instance: where it lies, the identifiers under which its answer is filed, and who sent it from where.
+
+    `peer_address` is an address or a name, without port.
+    """
 
     path: Path
     name: str

@@ -6,7 +6,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from io import BytesIO
 from typing import Protocol, cast, get_args
-from urllib.parse import urlsplit
 
 from pydicom.dataset import Dataset
 
@@ -120,9 +119,8 @@ class StudyResults:
         found: dict[StudyOrigin, None] = {}
         for name in plan.instances:
             instance = self._spool.answers.instance(name)
-            address = urlsplit(instance.peer_address or "").hostname
-            if address:
-                found[StudyOrigin(calling_ae=instance.calling_ae or "", address=address)] = None
+            if instance.peer_address:
+                found[StudyOrigin(calling_ae=instance.calling_ae or "", address=instance.peer_address)] = None
         return list(found)
 
 

@@ -1,8 +1,9 @@
 """What is known of a patient's earlier visits: what people confirmed, and what this service answered before.
 
 Confirmed is what was put or imported for the patient, and each study that a reader reviewed, with the findings that the
-reader confirmed. Predicted is what the newest answers to a study call positive, without what a reader rejected. Where both
-are wanted, a day on which anything is confirmed leaves out the prediction of that day.
+reader confirmed. Predicted is what the newest answers to a study call positive, without what a reader rejected; of a study
+that was not answered here, what an archive has of an earlier answer. Where both are wanted, a day on which anything is
+confirmed leaves out the prediction of that day.
 
 Patients are told apart by their PatientID, whose leading and trailing blanks mean nothing (PS3.5 section 6.2, LO). An empty
 one is nobody's.
@@ -19,9 +20,9 @@ from cxr_ray.earlier_visits import EarlierVisit, View, united
 from cxr_ray.errors import CxrRayError
 from cxr_ray.findings import canonical
 from serve.store.database import Database
-from serve.store.records import ANSWERED, ConfirmedVisit, HistorySource, StudyView, Verdict
+from serve.store.records import ANSWERED, ArchivedResult, ConfirmedVisit, HistorySource, StudyView, Verdict
 from serve.store.studies import WHOLE_STUDY, study_view
-from serve.store.tables import ConfirmedVisitRow, PatientHistoryRow, ReviewRow, StudyRow
+from serve.store.tables import ArchivedResultRow, ConfirmedVisitRow, PatientHistoryRow, ReviewRow, StudyRow
 
 
 class Histories(Database):
@@ -113,6 +114,41 @@ class Histories(Database):
 
         return self._write(work)
 
+    def put_archived_results(self, patient_id: str, results: Sequence[ArchivedResult]) -> None:
+        """Keep what an archive has of earlier answers to this patient's studies; one a study, the last that is put.
+
+        Raises
+        ------
+        CxrRayError
+            When `patient_id` is empty, or the database does not take it.
+        """
+        patient, now = _require_patient(patient_id), datetime.now(UTC)
+
+        def work(session: Session) -> None:
+            for result in sorted(results, key=lambda each: each.study_instance_uid):
+                session.merge(
+                    ArchivedResultRow(
+                        patient_id=patient,
+                        study_instance_uid=result.study_instance_uid,
+                        study_date=result.study_date,
+                        findings=list(result.findings),
+                        view=result.view,
+                        read_at=now,
+                    )
+                )
+
+        self._write(work)
+
+    def predicted_studies(self, patient_id: str, before: date) -> frozenset[str]:
+        """Return the UIDs of studies of strictly earlier days that were answered, here or as an archive has it."""
+        patient = patient_id.strip()
+        with self._read() as session:
+            wanted = sa.select(StudyRow.study_instance_uid, StudyRow.study_date)
+            answered = session.execute(wanted.where(StudyRow.patient_id == patient, StudyRow.status == ANSWERED))
+            dated = [(uid, _study_date(day)) for uid, day in answered]
+            archived = [row.study_instance_uid for row in _archived(session, patient, before)]
+        return frozenset([*(uid for uid, day in dated if day is not None and day < before), *archived])
+
     def earlier_visits(self, patient_id: str | None, before: date, source: HistorySource) -> tuple[EarlierVisit, ...] | None:
         """Return the patient's visits on strictly earlier days, one a day, by date.
 
@@ -128,6 +164,7 @@ class Histories(Database):
         with self._read() as session:
             stated = session.get(PatientHistoryRow, patient) if source != "predicted" else None
             studies = _earlier_studies(session, patient, before)
+            archived = _archived(session, patient, before)
             visits = [_earlier(visit) for visit in stated.visits if visit.visit_date < before] if stated else []
         if source != "predicted":
             visits += [_reviewed(study, day) for day, study in studies if study.reviews]
@@ -135,6 +172,9 @@ class Histories(Database):
             # Who states a day states all of it; who reviews a study says something of the findings reviewed.
             whole = {visit.visit_date for visit in stated.visits} if stated else set()
             visits += [_predicted(study, day) for day, study in studies if day not in whole]
+            here = {study.study_instance_uid for _, study in studies}
+            left = [row for row in archived if row.study_instance_uid not in here and row.study_date not in whole]
+            visits += [EarlierVisit(row.study_date, tuple(row.findings), row.view, "predicted") for row in left]
         return united(visits) if visits or stated else None
 
 
@@ -181,6 +221,11 @@ def _earlier_studies(session: Session, patient: str, before: date) -> list[tuple
     rows = session.scalars(wanted.options(*WHOLE_STUDY))
     dated = [(_study_date(row.study_date), row) for row in rows]
     return [(day, study_view(row)) for day, row in dated if day is not None and day < before]
+
+
+def _archived(session: Session, patient: str, before: date) -> list[ArchivedResultRow]:
+    wanted = sa.select(ArchivedResultRow).where(ArchivedResultRow.patient_id == patient, ArchivedResultRow.study_date < before)
+    return list(session.scalars(wanted.order_by(ArchivedResultRow.study_date)))
 
 
 def _study_date(value: str | None) -> date | None:

@@ -28,7 +28,10 @@ class OtherContentError(CxrRayError):
 
 @dataclass(frozen=True)
 class ReceivedInstance:
-    """An instance as it arrived. `content_digest` tells its bytes apart from others under the same UID."""
+    """An instance as it arrived. `content_digest` tells its bytes apart from others under the same UID.
+
+    `fetched` is one that was got from an archive, to learn what an earlier film shows: nobody sent it to be answered.
+    """
 
     sop_instance_uid: str
     study_instance_uid: str
@@ -39,6 +42,7 @@ class ReceivedInstance:
     patient_id: str | None = None
     accession_number: str | None = None
     study_date: str | None = None
+    fetched: bool = False
 
 
 @dataclass(frozen=True)
@@ -53,7 +57,7 @@ class Finding:
 
 @dataclass(frozen=True)
 class Answer:
-    """What the model said about one instance."""
+    """What the model said about one instance; `priors` what came of asking an archive before, None where none was asked."""
 
     model_name: str
     model_version: str
@@ -61,6 +65,7 @@ class Answer:
     findings: tuple[Finding, ...]
     clinical: dict[str, JsonValue]
     warnings: tuple[str, ...] = ()
+    priors: dict[str, JsonValue] | None = None
 
 
 @dataclass(frozen=True)
@@ -141,6 +146,8 @@ class StudyFilter:
         As `StudyView.status`.
     received_from
         Aware time; what arrived then or later.
+    fetched
+        Studies that were only fetched from an archive, in place of those that were sent here.
     """
 
     patient_id: str | None = None
@@ -150,6 +157,7 @@ class StudyFilter:
     finding: str | None = None
     status: Status | None = None
     received_from: datetime | None = None
+    fetched: bool = False
 
 
 def tomorrow() -> date:
@@ -181,6 +189,27 @@ class ConfirmedVisit:
 
 def _in_order(names: Iterable[str]) -> tuple[str, ...]:
     return tuple(known_findings.names(known_findings.encode(names)))
+
+
+@dataclass(frozen=True)
+class ArchivedResult:
+    """What this software said of an earlier study, as an archive keeps it: the findings that it called positive.
+
+    Raises
+    ------
+    CxrRayError
+        If the date lies in the future, or a finding is unknown.
+    """
+
+    study_instance_uid: str
+    study_date: date
+    findings: tuple[str, ...]
+    view: View | None = None
+
+    def __post_init__(self) -> None:
+        if self.study_date > tomorrow():
+            raise CxrRayError(f"study date {self.study_date} is in the future; give the day of an earlier study")
+        object.__setattr__(self, "findings", _in_order(self.findings))
 
 
 @dataclass(frozen=True)

@@ -24,6 +24,9 @@ class Results(Database):
     def record_result(self, instance: ReceivedInstance, answer: Answer, picture: Picture | None = None) -> bool:
         """Commit an answer; a refusal of the same instance is overruled by it.
 
+        So is what was said of it when it was fetched as a prior, once it is sent here: from then on it is as if it had never
+        been fetched. An archive may write the same instance in other bytes, and nobody was told of that answer.
+
         Returns
         -------
         bool
@@ -40,6 +43,8 @@ class Results(Database):
 
         def work(session: Session) -> bool:
             row = _instance_row(session, instance)
+            if row.fetched and not instance.fetched:
+                _take_back(session, row, instance)
             if row.status == ANSWERED and row.content_digest != instance.content_digest:
                 raise OtherContentError(f"instance {instance.sop_instance_uid} was received before with other bytes")
             known = any(result.model_digest == answer.model_digest for result in row.results)
@@ -73,6 +78,8 @@ class Results(Database):
 
         def work(session: Session) -> bool:
             row = _instance_row(session, instance)
+            if row.fetched and not instance.fetched:
+                _take_back(session, row, instance)
             if row.status == ANSWERED or row.reason == reason:
                 return False
             row.reason, row.answered_at = reason, datetime.now(UTC)
@@ -120,6 +127,11 @@ class Results(Database):
                 )
             )
 
+    def is_fetched(self, sop_instance_uid: str) -> bool:
+        """Return whether this instance was got from an archive and never sent here."""
+        with self._read() as session:
+            return bool(session.scalar(sa.select(InstanceRow.fetched).filter_by(sop_instance_uid=sop_instance_uid)))
+
     def answer(self, sop_instance_uid: str, model_digest: str) -> Answer | None:
         """Return what this model said of this instance before, `None` if it has not been asked."""
         with self._read() as session:
@@ -155,7 +167,8 @@ class Results(Database):
 
 def answer_of(row: ResultRow | ShadowResultRow) -> Answer:
     """The record of a row."""
-    return Answer(row.model_name, row.model_version, row.model_digest, row.findings, row.clinical, warnings=tuple(row.warnings))
+    said = (row.model_name, row.model_version, row.model_digest, row.findings, row.clinical)
+    return Answer(*said, warnings=tuple(row.warnings), priors=row.priors)
 
 
 def _answer_row(table: type[_Row], answer: Answer) -> _Row:
@@ -167,6 +180,7 @@ def _answer_row(table: type[_Row], answer: Answer) -> _Row:
         clinical=answer.clinical,
         warnings=list(answer.warnings),
         created_at=datetime.now(UTC),
+        priors=answer.priors,
     )
 
 
@@ -178,6 +192,8 @@ def _instance_row(session: Session, instance: ReceivedInstance) -> InstanceRow:
     # Held against other writers, not against those who only refer to the study.
     study = session.scalar(sa.select(StudyRow).where(is_study).with_for_update(key_share=True))
     row = session.scalar(this) if study else None
+    if study and study.fetched and not instance.fetched:
+        _arrives(session, study, instance.received_at)
     if row:
         return row
     if not study:
@@ -187,6 +203,7 @@ def _instance_row(session: Session, instance: ReceivedInstance) -> InstanceRow:
             accession_number=instance.accession_number,
             study_date=instance.study_date,
             received_at=instance.received_at,
+            fetched=instance.fetched,
         )
         session.add(study)
     row = InstanceRow(
@@ -199,10 +216,31 @@ def _instance_row(session: Session, instance: ReceivedInstance) -> InstanceRow:
         received_at=instance.received_at,
         answered_at=datetime.now(UTC),
         calling_ae=instance.calling_ae,
+        fetched=instance.fetched,
     )
     session.add(row)
     session.flush()
     return row
+
+
+def _arrives(session: Session, study: StudyRow, received_at: datetime) -> None:
+    """A study that was only fetched is now sent: it stands in lists from this moment on."""
+    study.fetched, study.received_at = False, received_at
+    session.execute(sa.update(PositiveFindingRow).filter_by(study_id=study.id).values(received_at=received_at))
+
+
+def _take_back(session: Session, row: InstanceRow, instance: ReceivedInstance) -> None:
+    """Forget what was said of a fetched instance, for now it is sent here."""
+    for results in (ResultRow, ShadowResultRow):
+        session.execute(sa.delete(results).filter_by(instance_id=row.id))
+    session.execute(sa.delete(PictureRow).filter_by(instance_id=row.id))
+    row.fetched, row.status, row.reason = False, REFUSED, None
+    row.received_at, row.calling_ae = instance.received_at, instance.calling_ae
+    session.flush()
+    session.expire(row, ["results", "picture"])
+    answered = sa.exists().where(InstanceRow.study_id == row.study_id, InstanceRow.status == ANSWERED)
+    row.study.status = ANSWERED if session.scalar(sa.select(answered)) else REFUSED
+    _renew_positive_findings(session, row.study)
 
 
 def _renew_positive_findings(session: Session, study: StudyRow) -> None:

@@ -56,6 +56,7 @@ def _filtered(what: Any, wanted: StudyFilter) -> sa.Select[Any]:
         query = query.where(PositiveFindingRow.finding == wanted.finding)
     equal = {"patient_id": wanted.patient_id, "accession_number": wanted.accession_number, "status": wanted.status}
     query = query.filter_by(**{name: value for name, value in equal.items() if value is not None})
+    query = query.where(StudyRow.fetched == wanted.fetched)
     if wanted.received_from is not None:
         query = query.where(_received(wanted) >= wanted.received_from)
     if wanted.study_date_from is not None:

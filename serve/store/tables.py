@@ -58,7 +58,7 @@ class Base(DeclarativeBase):
 
 
 class StudyRow(Base):
-    """A study; `status` is ``answered`` as soon as one of its instances is."""
+    """A study; `status` is ``answered`` as soon as one of its instances is, `fetched` false as soon as one was sent here."""
 
     __tablename__ = "study"
     __table_args__ = (
@@ -76,12 +76,13 @@ class StudyRow(Base):
     study_date: Mapped[str | None] = mapped_column(Text)
     received_at: Mapped[datetime] = mapped_column(UTCTime)
     status: Mapped[Status] = mapped_column(String(16), default=REFUSED, server_default=REFUSED)
+    fetched: Mapped[bool] = mapped_column(default=False, server_default=sa.false())
     instances: Mapped[list["InstanceRow"]] = relationship(back_populates="study", order_by="InstanceRow.id")
     reviews: Mapped[list["ReviewRow"]] = relationship(order_by="ReviewRow.finding")
 
 
 class InstanceRow(Base):
-    """An instance that was answered or refused."""
+    """An instance that was answered or refused; `fetched` if it was got from an archive, as a prior of another."""
 
     __tablename__ = "instance"
 
@@ -95,6 +96,7 @@ class InstanceRow(Base):
     received_at: Mapped[datetime] = mapped_column(UTCTime)
     answered_at: Mapped[datetime] = mapped_column(UTCTime)
     calling_ae: Mapped[str | None] = mapped_column(String(16))
+    fetched: Mapped[bool] = mapped_column(default=False, server_default=sa.false())
     study: Mapped[StudyRow] = relationship(back_populates="instances")
     results: Mapped[list["ResultRow"]] = relationship(order_by="ResultRow.id")
     picture: Mapped["PictureRow | None"] = relationship()
@@ -110,6 +112,7 @@ class _AnswerColumns:
     clinical: Mapped[dict[str, JsonValue]] = mapped_column(sa.JSON)
     warnings: Mapped[list[str]] = mapped_column(sa.JSON)
     created_at: Mapped[datetime] = mapped_column(UTCTime)
+    priors: Mapped[dict[str, JsonValue] | None] = mapped_column(sa.JSON(none_as_null=True))
 
 
 class ResultRow(_AnswerColumns, Base):
@@ -180,6 +183,19 @@ class ConfirmedVisitRow(Base):
     visit_date: Mapped[date] = mapped_column(sa.Date, primary_key=True)
     findings: Mapped[list[str]] = mapped_column(sa.JSON)
     view: Mapped[View | None] = mapped_column(String(2))
+
+
+class ArchivedResultRow(Base):
+    """What this software said of an earlier study, as an archive keeps it (SR); the study itself need not be here."""
+
+    __tablename__ = "archived_result"
+
+    patient_id: Mapped[str] = mapped_column(Text, primary_key=True)
+    study_instance_uid: Mapped[str] = mapped_column(String(64), primary_key=True)
+    study_date: Mapped[date] = mapped_column(sa.Date)
+    findings: Mapped[list[str]] = mapped_column(sa.JSON)
+    view: Mapped[View | None] = mapped_column(String(2))
+    read_at: Mapped[datetime] = mapped_column(UTCTime)
 
 
 class TokenRow(Base):

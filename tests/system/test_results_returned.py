@@ -1,18 +1,22 @@
 """A PACS routes a study to the node and gets its results back: Orthanc on both ends, the real service between."""
 
+import hashlib
 import os
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from pathlib import Path
 
+import httpx
 import pytest
 import yaml
 from conftest import RunningService, run_peer
+from dicomweb_client import DICOMwebClient
 from orthanc import RunningOrthanc, running, running_orthanc
 from pydicom import dcmread
 from pydicom.dataset import Dataset
 from pydicom.uid import generate_uid
+from requests import HTTPError
 from waiting import until
 
 from cxr_ray.findings import FINDINGS
@@ -35,11 +39,14 @@ end
 
 
 @pytest.fixture(scope="module")
-def pacs(
-    service: RunningService, tmp_path_factory: pytest.TempPathFactory, free_port: Callable[[], int]
-) -> Iterator[RunningOrthanc]:
+def spool(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("returned") / "spool"
+
+
+@pytest.fixture(scope="module")
+def pacs(service: RunningService, spool: Path, free_port: Callable[[], int]) -> Iterator[RunningOrthanc]:
     """An Orthanc that routes to a node, and gets its results with storage commitment."""
-    folder = tmp_path_factory.mktemp("returned")
+    folder = spool.parent
     node_port, archive_port = free_port(), free_port()
     (folder / "route.lua").write_text(ROUTING)
     destination = {
@@ -51,7 +58,7 @@ def pacs(
         "commitment": True,
     }
     settings = {
-        "spool": str(folder / "spool"),
+        "spool": str(spool),
         "listener": {"port": node_port, "min_free_bytes": 0},
         "dispatch": {"service_url": service.url},
         "assembly": {"quiet_seconds": 0.5},
@@ -81,8 +88,11 @@ def film(study: str, **elements: object) -> Dataset:
     dataset = phantom_dicom(VISITS[0], draw(VISITS[0], 256))
     dataset.StudyInstanceUID = study
     dataset.SOPInstanceUID, dataset.SeriesInstanceUID = generate_uid(), generate_uid()
+    dataset.file_meta.MediaStorageSOPInstanceUID = dataset.SOPInstanceUID
     for keyword, value in elements.items():
         setattr(dataset, keyword, value)
+    # A client that is given it writes a file with it.
+    dataset.preamble = b"\0" * 128
     return dataset
 
 
@@ -100,6 +110,42 @@ def fetched(pacs: RunningOrthanc, instance: dict, folder: Path) -> Path:
     path = folder / f"{instance['_id']}.dcm"
     path.write_bytes(pacs.rest.get(f"/instances/{instance['_id']}/file").content)
     return path
+
+
+@pytest.fixture(scope="module")
+def stow(pacs: RunningOrthanc, service: RunningService, untrained_bundle: Path, spool: Path) -> Iterator[DICOMwebClient]:
+    """The service's network behind a door whose STOW-RS goes into the node's spool."""
+    from ray import serve
+
+    from serve.app import APPLICATION, Entrance, GraphSettings, Ingress
+
+    models = {"default": serve.get_deployment_handle("Network", APPLICATION)}
+    settings = GraphSettings(
+        bundle=str(untrained_bundle), store=service.store, decoders=1, stow_spool=str(spool), stow_min_free_mb=0
+    )
+    door = Ingress.options(ray_actor_options={"num_cpus": 0.1}).bind(models, None, settings, Entrance(None, required=False))
+    serve.run(door, name="stowed", route_prefix="/stowed")
+    yield DICOMwebClient(f"{service.url}/stowed/dicom-web")
+    serve.delete("stowed")
+
+
+def test_a_study_that_came_by_stow_is_answered_from_the_spool_and_its_results_are_delivered(
+    pacs: RunningOrthanc, stow: DICOMwebClient, spool: Path, service: RunningService
+) -> None:
+    study = generate_uid()
+    sent, other = film(study), film(generate_uid())
+    answer = stow.store_instances([sent], study_instance_uid=study)
+    assert [item.ReferencedSOPInstanceUID for item in answer.ReferencedSOPSequence] == [sent.SOPInstanceUID]
+    # Again: kept already, and nothing twice.
+    assert len(stow.store_instances([sent], study_instance_uid=study).ReferencedSOPSequence) == 1
+    with pytest.raises(HTTPError, match="409"):
+        stow.store_instances([other], study_instance_uid=study)
+    until(lambda: len(results(pacs, study, "SR")) == 1, "a report in the archive", 120)
+    uid = hashlib.sha256(sent.SOPInstanceUID.encode()).hexdigest()[:32]
+    until(lambda: list((spool / "done").glob(f"{uid}-*.dcm")), "the settled instance")
+    assert results(pacs, other.StudyInstanceUID, "SR") == []
+    known = httpx.get(f"{service.url}/v1/studies/{study}", timeout=30, trust_env=False).json()
+    assert [instance["status"] for instance in known["instances"]] == ["answered"]
 
 
 def test_a_routed_study_comes_back_as_report_and_picture_and_a_late_image_as_a_revision(

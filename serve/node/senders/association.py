@@ -6,7 +6,7 @@ a report in and acknowledges it.
 
 import struct
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection
 from typing import BinaryIO
 
 from serve.node.destinations import DicomTimeouts
@@ -27,7 +27,7 @@ Command = dict[int, bytes]
 
 
 class Association:
-    """An association with a storage SCP.
+    """An association with a storage SCP: connected when it is made, associated after `request`.
 
     Parameters
     ----------
@@ -36,18 +36,29 @@ class Association:
 
     Raises
     ------
-    NotAssociatedError, RejectedError
+    NotAssociatedError
         See `UpperLayer`.
     """
 
     def __init__(
-        self, peer: Peer, contexts: Sequence[Context], timeouts: DicomTimeouts, event_report: EventReport | None = None
+        self, peer: Peer, contexts: Collection[Context], timeouts: DicomTimeouts, event_report: EventReport | None = None
     ) -> None:
         self.peer, self.proposed = peer, frozenset(contexts)
-        self._upper = UpperLayer(peer, contexts, timeouts)
+        self._upper = UpperLayer(peer, timeouts)
         self._patience, self._event_report = timeouts.response_seconds, event_report
-        self._syntaxes = {number: context.transfer_syntax for context, number in self._upper.accepted.items()}
+        self._syntaxes: dict[int, str] = {}
         self._message_id = 0
+
+    def request(self) -> None:
+        """Request the association.
+
+        Raises
+        ------
+        NotAssociatedError, RejectedError
+            See `UpperLayer.negotiate`.
+        """
+        self._upper.negotiate(sorted(self.proposed))
+        self._syntaxes = {number: context.transfer_syntax for context, number in self._upper.accepted.items()}
 
     @property
     def accepted(self) -> frozenset[Context]:

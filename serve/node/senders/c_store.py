@@ -110,10 +110,10 @@ class DicomSender:
                 if interrupted() and self._outstanding() and not self._aborted:
                     # There is something to do meanwhile; the report may come on this association still.
                     return
-            self._association = None
             association.release()
         except PeerGoneError:
-            self._drop()
+            association.abort()
+        self._association = None
 
     def abort(self) -> None:
         """See `Sender`."""
@@ -153,10 +153,14 @@ class DicomSender:
         if len(self._contexts | wanted) > _MOST_CONTEXTS:
             self._contexts = {context for context in self._contexts if context.abstract_syntax == STORAGE_COMMITMENT}
         self._contexts |= wanted
-        made = Association(peer, sorted(self._contexts), self._destination.timeouts, self._event_report)
-        self._association = made
+        self._association = made = Association(peer, self._contexts, self._destination.timeouts, self._event_report)
         if self._aborted:
             made.interrupt()
+        try:
+            made.request()
+        except BaseException:
+            self._association = None
+            raise
         return made
 
     def _peer(self, parcel: Parcel) -> Peer | Permanent:

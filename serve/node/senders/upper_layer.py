@@ -22,6 +22,8 @@ _LARGEST_RECEIVED = 1024 * 1024
 _LARGEST_MESSAGE = 16 * 1024 * 1024
 # Of a PDU that the peer does not limit; more only costs memory.
 _LARGEST_SENT = 128 * 1024
+# Everything is confirmed by then: who does not answer this keeps nothing from us.
+_RELEASE_SECONDS = 5.0
 _ASSOCIATE_RQ, _ASSOCIATE_AC, _ASSOCIATE_RJ, _DATA, _RELEASE_RQ, _RELEASE_RP, _ABORT = range(1, 8)
 _COMMAND, _LAST = 1, 2
 
@@ -71,29 +73,38 @@ class Context:
 
 
 class UpperLayer:
-    """An association, from its request on.
-
-    Parameters
-    ----------
-    contexts
-        What is proposed, 128 at most.
+    """A connection, and the association that is requested on it.
 
     Raises
     ------
     NotAssociatedError
-        When the peer cannot be reached, shows no certificate that we trust, or does not answer.
-    RejectedError
-        When it rejects the association.
+        When the peer cannot be reached, or shows no certificate that we trust.
     """
 
-    def __init__(self, peer: Peer, contexts: Sequence[Context], timeouts: DicomTimeouts) -> None:
-        self.peer, self._timeouts = peer, timeouts
+    def __init__(self, peer: Peer, timeouts: DicomTimeouts) -> None:
+        self._timeouts = timeouts
         self.accepted: dict[Context, int] = {}
         self._largest = _LARGEST_SENT
-        self._socket = _connected(peer, timeouts.connect_seconds)
+        self._peer, self._socket = peer, _connected(peer, timeouts.connect_seconds)
+
+    def negotiate(self, contexts: Sequence[Context]) -> None:
+        """Request the association.
+
+        Parameters
+        ----------
+        contexts
+            What is proposed, 128 at most.
+
+        Raises
+        ------
+        NotAssociatedError
+            When the peer does not answer.
+        RejectedError
+            When it rejects the association.
+        """
         try:
-            self._send(_associate_rq(peer, contexts))
-            self._negotiated(contexts, *self._receive_pdu(time.monotonic() + timeouts.negotiation_seconds))
+            self._send(_associate_rq(self._peer, contexts))
+            self._negotiated(contexts, *self._receive_pdu(time.monotonic() + self._timeouts.negotiation_seconds))
         except PeerGoneError as error:
             self.close()
             raise NotAssociatedError(str(error)) from error
@@ -156,7 +167,7 @@ class UpperLayer:
         """End the association in order, or at least the connection."""
         with contextlib.suppress(PeerGoneError):
             self._send(struct.pack(">BxLL", _RELEASE_RQ, 4, 0))
-            deadline = time.monotonic() + min(self._timeouts.negotiation_seconds, 10)
+            deadline = time.monotonic() + min(self._timeouts.negotiation_seconds, _RELEASE_SECONDS)
             while self._receive_pdu(deadline)[0] not in {_RELEASE_RP, _ABORT}:
                 pass
         self.close()
