@@ -93,7 +93,7 @@ class Campaign:
         replayed = list(dead_results(site))
         if replayed:
             say(f"{'':8}{len(replayed)} dead letters of destinations are replayed")
-            replay(site, replayed)
+            replay(site)
             self._settle()
         held = {child.name: (before[child.name], self._held(child.pid, before[child.name])) for child in site.listeners}
         self._check_holdings(held)

@@ -1,6 +1,7 @@
 """What is there after a campaign: in the spool, in the store, at the destinations, and what should have gone."""
 
 import json
+import subprocess
 from collections import Counter, defaultdict
 from collections.abc import Iterator
 from contextlib import suppress
@@ -12,10 +13,9 @@ import pydicom
 from chaos_account import DeadResult, Kept, Record, Result, gathered
 from chaos_destination import named
 from chaos_journal import entries
+from chaos_processes import CampaignError, product
 from chaos_site import ARCHIVE, SECOND, WANTED, Site
 from chaos_stores import result_rows
-
-from serve.node.outbox import Outbox
 
 _CAPTURE = "1.2.840.10008.5.1.4.1.1.7"
 # Where images are, or wait; what was filed unread is none of them.
@@ -97,11 +97,13 @@ def dead_results(site: Site) -> Iterator[DeadResult]:
         yield DeadResult(folder.parent.parent.name, folder.name, study)
 
 
-def replay(site: Site, dead: list[DeadResult]) -> None:
-    """Put dead results back."""
-    outbox = Outbox(site.spool / "outbox")
-    for letter in dead:
-        outbox.queue(letter.destination).replay(letter.name)
+def replay(site: Site) -> None:
+    """Put the dead results of every destination back, by the command."""
+    for destination in WANTED:
+        command = product("deadletter", "replay", "--all", "--destination", destination, "--spool", site.spool)
+        ran = subprocess.run([*map(str, command)], env=site.family.environment(), capture_output=True, text=True, check=False)
+        if ran.returncode:
+            raise CampaignError(f"deadletter replay ended with {ran.returncode}: {ran.stdout[-500:]}{ran.stderr[-500:]}")
 
 
 def _leftover_files(site: Site) -> Iterator[str]:
