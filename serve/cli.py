@@ -1,4 +1,4 @@
-"""`cxr-ray serve`, `cxr-ray listen`, `cxr-ray deadletter` and `cxr-ray demo`."""
+"""`cxr-ray serve`, `cxr-ray listen` and `cxr-ray demo`."""
 
 import logging
 import signal
@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from cxr_ray.settings import Settings, load_settings, without_credentials
-from cxr_ray.terminal import command_group, console, print_json, print_settings, single_command, table
+from cxr_ray.terminal import console, print_settings, single_command
 
 if TYPE_CHECKING:
     from serve.service import ServeSettings
@@ -321,44 +321,6 @@ def _wait_for_signal(on_hangup: Callable[[], None] | None = None) -> None:
 
 serve = single_command(_serve)
 listen = single_command(_listen)
-deadletter = command_group("Instances that were accepted and could not be answered.")
-
-
-@deadletter.command("list")
-def list_dead_letters(
-    spool: Annotated[Path, typer.Option(help="Folder of accepted instances.")] = Path("cxr-ray-spool"),
-    json: Annotated[bool, typer.Option("--json", help="Print as JSON.")] = False,
-) -> None:
-    """List dead letters with their reasons."""
-    letters = _open_spool(spool).dead_letters()
-    if json:
-        print_json([{**vars(letter), "when": letter.when.isoformat()} for letter in letters])
-        return
-    shown = table(f"{len(letters)} dead letters in {spool}", [("name", False), ("when (UTC)", False), ("reason", False)])
-    for letter in letters:
-        shown.add_row(letter.name, f"{letter.when:%Y-%m-%d %H:%M}", letter.reason)
-    console.print(shown)
-
-
-@deadletter.command("replay")
-def replay_dead_letters(
-    names: Annotated[list[str], typer.Argument(help="Names of dead letters, as 'list' prints them.")],
-    spool: Annotated[Path, typer.Option(help="Folder of accepted instances.")] = Path("cxr-ray-spool"),
-) -> None:
-    """Put dead letters back in front of the dispatcher."""
-    opened = _open_spool(spool)
-    for name in names:
-        opened.replay(name)
-        console.print(f"{name}: waiting again")
-
-
-def _open_spool(folder: Path):  # type: ignore[no-untyped-def]  # noqa: ANN202 - its module is imported late
-    from cxr_ray.errors import CxrRayError  # noqa: PLC0415
-    from serve.node.spool import Spool  # noqa: PLC0415
-
-    if not folder.is_dir():
-        raise CxrRayError(f"--spool {folder}: is no folder; give the one that 'cxr-ray listen' or 'serve' uses")
-    return Spool(folder)
 
 
 def _demo(

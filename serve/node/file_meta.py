@@ -65,8 +65,12 @@ def split_part10(file: memoryview) -> tuple[FileMeta, memoryview]:
     if len(file) < start + _GROUP_LENGTH.size or bytes(file[128:start]) != b"DICM":
         raise ValueError("no DICOM Part 10 file")
     group, element, kind, _, length = _GROUP_LENGTH.unpack_from(file, start)
-    start += _GROUP_LENGTH.size
-    if (group, element, kind) != (2, 0, b"UL") or length > min(_LARGEST, len(file) - start):
+    if (group, element, kind) == (2, 0, b"UL"):
+        start += _GROUP_LENGTH.size
+    else:
+        # Toolkits write files without it, although it is of type 1 (PS3.10 table 7.1-1).
+        length = _counted(file, start)
+    if not 0 < length <= min(_LARGEST, len(file) - start):
         raise ValueError("its file meta information has no proper length")
     return _decode(bytes(file[start : start + length])), file[start + length :]
 
@@ -83,6 +87,18 @@ def read_meta(path: Path) -> FileMeta:
     """
     with path.open("rb") as file:
         return split_part10(memoryview(file.read(_LARGEST + 256)))[0]
+
+
+def _counted(file: memoryview, start: int) -> int:
+    """Bytes of the elements of group 0002 that begin at `start`, explicit VR little endian (PS3.5 section 7.1.2)."""
+    place = start
+    while place - start <= _LARGEST and len(file) >= place + 12 and bytes(file[place : place + 2]) == b"\x02\x00":
+        kind = bytes(file[place + 4 : place + 6])
+        if kind in _LONG_FORMS:
+            place += 12 + struct.unpack_from("<L", file, place + 8)[0]
+        else:
+            place += 8 + struct.unpack_from("<H", file, place + 6)[0]
+    return place - start
 
 
 def title(text: str) -> str:

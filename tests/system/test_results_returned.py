@@ -5,6 +5,7 @@ import os
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
+from io import BytesIO
 from pathlib import Path
 
 import httpx
@@ -91,9 +92,10 @@ def film(study: str, **elements: object) -> Dataset:
     dataset.file_meta.MediaStorageSOPInstanceUID = dataset.SOPInstanceUID
     for keyword, value in elements.items():
         setattr(dataset, keyword, value)
-    # A client that is given it writes a file with it.
-    dataset.preamble = b"\0" * 128
-    return dataset
+    # As read from a file: a client sends what its meta information says.
+    written = BytesIO()
+    dataset.save_as(written, enforce_file_format=True)
+    return dcmread(BytesIO(written.getvalue()))
 
 
 def archive(pacs: RunningOrthanc, dataset: Dataset, folder: Path) -> None:
