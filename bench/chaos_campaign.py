@@ -70,7 +70,7 @@ class Campaign:
         self._begun = 0
         self._guard = threading.Lock()
         self._leftovers: list[str] = []
-        self._limit = max(_THREADS, options.studies // 50)
+        self._limit = max(2 * _THREADS, options.studies // 50)
 
     def run(self) -> Outcome:
         """Run it.

@@ -17,12 +17,14 @@ from dataclasses import dataclass
 from enum import Enum
 
 from chaos_destination import Mode
+from chaos_proc import holds_open
 from chaos_processes import CampaignError, Child, until
 from chaos_site import Site
 from measuring import say
 
 _FIRST, _LAST = 0.02, 0.9
 _LONGEST_DELAY = 1.5
+_LONGEST_SECONDS = 8.0
 _CLOCK_STEPS = (3600, -3600, 86400, -86400)
 _STARTS = 20
 _LONGEST_WAIT = 20
@@ -31,7 +33,7 @@ _LONGEST_WAIT = 20
 class Kind(Enum):
     """A class of faults."""
 
-    LISTENER = "kill -9: a listener"
+    LISTENER = "kill -9: a listener that receives"
     DISPATCHER = "kill -9: the listener that dispatches"
     ASSEMBLER = "kill -9: the listener that assembles"
     DELIVERY = "kill -9: the listener that delivers"
@@ -94,6 +96,7 @@ class Planned:
 
 def schedule(studies: int, kills: int, rounds: int, seed: int) -> list[Planned]:
     """The faults of a campaign in their order: `kills` of them kill, each other kind comes `rounds` times."""
+    longest = min(_LONGEST_SECONDS, 2 + studies / 50)
     chance = random.Random(f"faults {seed}")
     kinds = [_KILLS[number % len(_KILLS)] for number in range(kills)]
     kinds += [kind for kind in Kind if kind not in KILLS for _ in range(rounds)]
@@ -104,7 +107,7 @@ def schedule(studies: int, kills: int, rounds: int, seed: int) -> list[Planned]:
                 after=chance.randint(first, last),
                 kind=kind,
                 delay=chance.uniform(0, _LONGEST_DELAY),
-                seconds=chance.uniform(0.2, 3) if kind in KILLS else chance.uniform(2, 7),
+                seconds=chance.uniform(0.2, 3) if kind in KILLS else chance.uniform(1, longest),
             )
             for kind in kinds
         ),
@@ -274,13 +277,23 @@ class Faults:
 
     def _victim(self, kind: Kind) -> Child | None:
         if kind is Kind.LISTENER:
-            return self._chance.choice(self._site.listeners)
+            return self._receiving() or self._chance.choice(self._site.listeners)
         # A lock passes on within half a second when its holder is killed.
         until_then = time.monotonic() + 5
         while time.monotonic() < until_then and not self._stopping.is_set():
             if holder := self._site.holder(_LOCKS[kind]):
                 return holder
             time.sleep(0.05)
+        return None
+
+    def _receiving(self) -> Child | None:
+        """A listener that is writing what it receives, caught in the act; None where none does for some seconds."""
+        until_then = time.monotonic() + 5
+        while time.monotonic() < until_then and not self._stopping.is_set():
+            for child in self._site.listeners:
+                if child.up and holds_open(child.pid, self._site.spool / "incoming"):
+                    self.notes["listeners killed with an instance half written"] += 1
+                    return child
         return None
 
     def _revive(self, child: Child) -> None:

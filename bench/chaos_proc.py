@@ -86,6 +86,18 @@ def holdings(pid: int) -> Holdings:
     return Holdings(len(os.listdir(folder / "fd")), len(os.listdir(folder / "task")), sum(memory) / 1024)  # noqa: PTH208
 
 
+def holds_open(pid: int, folder: Path) -> bool:
+    """Whether a process has a file of a folder open."""
+    with suppress(OSError):
+        with os.scandir(_PROC / str(pid) / "fd") as descriptors:
+            for descriptor in descriptors:
+                with suppress(OSError):
+                    # The kernel's own text: what it names may be gone already.
+                    if os.readlink(descriptor.path).startswith(f"{folder}/"):  # noqa: PTH115
+                        return True
+    return False
+
+
 def lock_holder(path: Path) -> int | None:
     """The process that holds the lock (flock) of a file; None where nobody does, or nobody says."""
     with suppress(OSError):
