@@ -133,11 +133,11 @@ class State:
         return cls(kib[0] / 1024, kib[1] / 1024, int(status["Threads"]), sum(1 for _ in Path(f"/proc/{pid}/fd").iterdir()))
 
 
-def settled(pid: int, before: State | None = None) -> State:
+def settled(pid: int, before: State) -> State:
     """The state once no peer is left, or after a while."""
     patience = time.monotonic() + _PATIENCE
     state = State.of(pid)
-    while before and (state.threads > before.threads or state.descriptors > before.descriptors):
+    while state.threads > before.threads or state.descriptors > before.descriptors:
         if time.monotonic() > patience:
             break
         time.sleep(0.2)
@@ -196,7 +196,9 @@ def _attack_all(
 ) -> tuple[State, State]:
     for _ in range(_HONEST_EVERY):
         honest(port, campaign, uids)
-    before = settled(pid)
+    # The last peer's connection is still being closed.
+    time.sleep(1)
+    before = State.of(pid)
     ended = threading.Event()
 
     def beside() -> None:

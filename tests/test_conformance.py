@@ -414,16 +414,16 @@ def test_metrics_count_what_happened(listen, spool: Spool, file) -> None:
     until(lambda: 'associations_total{outcome="rejected"} 1.0' in read(), "the last association's end")
     said = read()
     for line in (
-        'cxr_ray_node_instances_total{status="0000"} 3.0',
-        'cxr_ray_node_instances_total{status="C101"} 1.0',
-        'cxr_ray_node_stored_instances_total{kind="new"} 1.0',
-        'cxr_ray_node_stored_instances_total{kind="duplicate"} 1.0',
-        'cxr_ray_node_stored_instances_total{kind="conflict"} 1.0',
-        "cxr_ray_node_fsync_seconds_count 2.0",
-        "cxr_ray_node_store_seconds_count 4.0",
-        "cxr_ray_node_ready_instances 1.0",
-        "cxr_ray_node_conflicts 1.0",
-        "cxr_ray_node_open_associations 0.0",
+        'cxr_node_instances_total{status="0000"} 3.0',
+        'cxr_node_instances_total{status="C101"} 1.0',
+        'cxr_node_stored_instances_total{kind="new"} 1.0',
+        'cxr_node_stored_instances_total{kind="duplicate"} 1.0',
+        'cxr_node_stored_instances_total{kind="conflict"} 1.0',
+        "cxr_node_fsync_seconds_count 2.0",
+        "cxr_node_store_seconds_count 4.0",
+        "cxr_node_ready_instances 1.0",
+        "cxr_node_conflicts 1.0",
+        "cxr_node_open_associations 0.0",
     ):
         assert line in said
     assert path.stem not in said

@@ -100,7 +100,7 @@ def test_name_that_says_nothing_or_too_much_is_refused(folder: Path, command: st
         run(deadletter, command, "ab", "--spool", folder)
     with pytest.raises(UsageError, match=r"--destination fax: has no folder .*: archive, pacs"):
         run(deadletter, command, "ab", "--spool", folder, "--destination", "fax")
-    with pytest.raises(CxrRayError, match="is no folder"):
+    with pytest.raises(CxrRayError, match="is no spool"):
         run(deadletter, command, "ab", "--spool", folder / "nowhere")
 
 

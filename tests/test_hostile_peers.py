@@ -84,7 +84,7 @@ def honest_store(listener: Listener) -> None:
 
 
 def outcome(listener: Listener, name: str) -> float:
-    return listener.registry.get_sample_value("cxr_ray_node_associations_total", {"outcome": name}) or 0.0
+    return listener.registry.get_sample_value("cxr_node_associations_total", {"outcome": name}) or 0.0
 
 
 def nothing_left(listener: Listener, spool: Spool) -> bool:

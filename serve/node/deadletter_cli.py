@@ -225,5 +225,5 @@ def _outbox(folder: Path) -> "Outbox":
 
 
 def _check(folder: Path) -> None:
-    if not folder.is_dir():
-        raise CxrRayError(f"--spool {folder}: is no folder; give the one that 'cxr-ray listen' or 'serve' uses")
+    if not (folder / "ready").is_dir():
+        raise CxrRayError(f"--spool {folder}: is no spool; give the one that 'cxr-ray listen' or 'serve' uses")

@@ -7,6 +7,7 @@ are spent: pynetdicom waits for the end of a PDU as long as its peer likes.
 
 import contextlib
 import socket
+import ssl
 import threading
 from collections.abc import Iterator
 from datetime import timedelta
@@ -18,9 +19,10 @@ from pynetdicom import AE, _config, build_context, build_role, evt
 from pynetdicom.association import Association
 from pynetdicom.presentation import PresentationContext
 
+from cxr_ray.transfer_syntaxes import TRANSFER_SYNTAXES
 from serve.node.deadline import Deadline
 from serve.node.prior_query import Archive, ArchiveError, FetchedTooMuchError, Question
-from serve.node.priors_settings import PriorsSettings, tls_context
+from serve.node.priors_settings import PriorsSettings
 from serve.node.spool import IMPLEMENTATION_CLASS_UID, IMPLEMENTATION_VERSION_NAME
 
 _FIND, _GET = "1.2.840.10008.5.1.4.1.2.2.1", "1.2.840.10008.5.1.4.1.2.2.3"
@@ -34,21 +36,6 @@ REPORT_CLASSES = (
     "1.2.840.10008.5.1.4.1.1.88.34",  # Comprehensive 3D SR
     "1.2.840.10008.5.1.4.1.1.88.33",  # Comprehensive SR
     "1.2.840.10008.5.1.4.1.1.88.22",  # Enhanced SR
-)
-# What the decoder reads. Each in a context of its own: an archive takes one of a context, and sends what it has in another not.
-IMAGE_SYNTAXES = (
-    "1.2.840.10008.1.2.1",  # explicit VR little endian
-    "1.2.840.10008.1.2",  # implicit VR little endian
-    "1.2.840.10008.1.2.5",  # RLE
-    "1.2.840.10008.1.2.4.70",  # JPEG lossless, first-order prediction
-    "1.2.840.10008.1.2.4.57",  # JPEG lossless, process 14
-    "1.2.840.10008.1.2.4.80",  # JPEG-LS lossless
-    "1.2.840.10008.1.2.4.90",  # JPEG 2000 lossless
-    "1.2.840.10008.1.2.4.201",  # HTJ2K lossless
-    "1.2.840.10008.1.2.4.81",  # JPEG-LS near-lossless
-    "1.2.840.10008.1.2.4.91",  # JPEG 2000
-    "1.2.840.10008.1.2.4.50",  # JPEG baseline, 8 bits
-    "1.2.840.10008.1.2.4.51",  # JPEG extended, 12 bits
 )
 _PENDING = (0xFF00, 0xFF01)
 # PS3.4 table C.4-3: complete, one or more failures among the sub-operations.
@@ -69,12 +56,14 @@ class DimseArchive(Archive):
     ----------
     settings
         Of kind dicom.
+    tls
+        For DICOM over TLS; None speaks without.
     deadline
         When the connection is cut.
     """
 
-    def __init__(self, settings: PriorsSettings, deadline: Deadline) -> None:
-        self._settings, self._deadline = settings, deadline
+    def __init__(self, settings: PriorsSettings, tls: ssl.SSLContext | None, deadline: Deadline) -> None:
+        self._settings, self._tls, self._deadline = settings, tls, deadline
         self._received: list[bytes] = []
         self._bytes = self._wire_bytes = 0
         self._too_much = False
@@ -150,7 +139,7 @@ class DimseArchive(Archive):
                 ae_title=str(settings.called_ae),
                 max_pdu=_MAX_PDU,
                 ext_neg=[build_role(UID(uid), scp_role=True) for uid in (*IMAGE_CLASSES, *REPORT_CLASSES)],
-                tls_args=(tls_context(settings), str(settings.host)) if settings.tls else None,
+                tls_args=(self._tls, str(settings.host)) if self._tls else None,
                 evt_handlers=[
                     (evt.EVT_CONN_OPEN, self._opened),
                     (evt.EVT_DATA_RECV, self._counted),
@@ -252,5 +241,6 @@ class DimseArchive(Archive):
 
 def _contexts() -> list[PresentationContext]:
     contexts = [build_context(uid, [_EXPLICIT, _IMPLICIT]) for uid in (_FIND, _GET)]
-    contexts += [build_context(uid, syntax) for uid in IMAGE_CLASSES for syntax in IMAGE_SYNTAXES]
+    # Each in a context of its own: of one context an archive takes one, and what it holds in another it then cannot send.
+    contexts += [build_context(uid, syntax) for uid in IMAGE_CLASSES for syntax in TRANSFER_SYNTAXES]
     return contexts + [build_context(uid, syntax) for uid in REPORT_CLASSES for syntax in (_EXPLICIT, _IMPLICIT)]

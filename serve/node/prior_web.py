@@ -7,6 +7,7 @@ time is over, under whoever reads from them.
 import contextlib
 import json
 import socket
+import ssl
 import threading
 from collections.abc import Iterator
 from datetime import timedelta
@@ -18,7 +19,7 @@ from pydicom.dataset import Dataset
 
 from serve.node.deadline import Deadline
 from serve.node.prior_query import Archive, ArchiveError, FetchedTooMuchError, Question
-from serve.node.priors_settings import PriorsSettings, tls_context
+from serve.node.priors_settings import PriorsSettings
 
 _DICOM = "application/dicom"
 _STUDY_FIELDS = ("IssuerOfPatientID", "PatientBirthDate", "StudyTime", "StudyDescription", "ModalitiesInStudy")
@@ -34,13 +35,15 @@ class WebArchive(Archive):
     ----------
     settings
         Of kind dicomweb.
+    tls
+        For an address of https.
     token
         Bearer token; None sends none.
     deadline
         When nothing more is read.
     """
 
-    def __init__(self, settings: PriorsSettings, token: str | None, deadline: Deadline) -> None:
+    def __init__(self, settings: PriorsSettings, tls: ssl.SSLContext, token: str | None, deadline: Deadline) -> None:
         self._settings, self._deadline = settings, deadline
         self._fetched = 0
         self._connections: list[socket.socket] = []
@@ -51,7 +54,7 @@ class WebArchive(Archive):
             # Who is asked for patients' studies is the one who was named: neither a proxy nor whom a redirect names.
             trust_env=False,
             follow_redirects=False,
-            verify=tls_context(settings) if str(settings.url).startswith("https:") else False,
+            verify=tls,
         )
 
     def __enter__(self) -> Self:

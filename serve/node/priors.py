@@ -10,6 +10,7 @@ import logging
 import threading
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 
 from cxr_ray.errors import CxrRayError, UsageError
 from serve.logs import fields
@@ -20,9 +21,10 @@ from serve.node.prior_query import Archive, NotAskedError, Question, question_of
 from serve.node.prior_retrieval import FetchedStudy, Retrieval
 from serve.node.prior_service import PriorService, ServiceAwayError
 from serve.node.prior_web import WebArchive
-from serve.node.priors_settings import PriorsSettings, tls_context
+from serve.node.priors_settings import PriorsSettings
 from serve.node.spool import SpooledInstance
 from serve.priors_outcome import Outcome, PriorsOutcome
+from serve.tls import client_context
 
 # Of the budget, what the archive may have: fetched films that nobody has time to answer are of no use.
 _ARCHIVES_SHARE = 0.7
@@ -96,8 +98,8 @@ class Priors:
             if shared is None:
                 shared = self._under_way[question] = _Shared(Deadline(self._settings.budget_seconds))
         if not first:
-            shared.over.wait(shared.deadline.left())
-            return shared.outcome or self._timed_out(shared.progress, shared.deadline)
+            over = shared.over.wait(shared.deadline.left())
+            return shared.outcome if over else self._too_late(shared.progress, shared.deadline)
         try:
             shared.outcome = self._outcome(question, shared)
         finally:
@@ -124,15 +126,14 @@ class Priors:
         try:
             outcome = aside.result(deadline)
         except DeadlineError:
-            if not progress.asked:
-                return self._off("the service did not say in time what it knows", deadline)
-            outcome = self._timed_out(progress, deadline)
+            outcome = self._too_late(progress, deadline)
         except ServiceAwayError:
             return None
         # Nothing about priors may keep a film from being answered.
         except Exception as error:  # noqa: BLE001
             outcome = self._failed(progress, deadline, type(error).__name__)
-        self._judge(outcome)
+        if outcome.asked:
+            self._judge(outcome)
         complete = outcome.outcome in {"found", "none"}
         self._remembered.put(_patient(question) if complete else question, outcome)
         return outcome
@@ -170,7 +171,7 @@ class Priors:
             _log.warning("priors: the archive was asked; %s", outcome.reason or outcome.outcome, extra=said)
             if self._breaker.failed():
                 _log.warning("priors: the archive is left alone for %g s", self._settings.pause_seconds)
-        elif outcome.asked:
+        else:
             self._breaker.worked()
             _log.info("priors: the archive was asked", extra=said)
 
@@ -187,6 +188,11 @@ class Priors:
 
     def _failed(self, progress: _Progress, deadline: Deadline, reason: str) -> PriorsOutcome:
         return self._said(progress, deadline, "failed", reason[:120])
+
+    def _too_late(self, progress: _Progress, deadline: Deadline) -> PriorsOutcome:
+        if not progress.asked:
+            return self._off("the service did not say in time what it knows", deadline)
+        return self._timed_out(progress, deadline)
 
     def _timed_out(self, progress: _Progress, deadline: Deadline) -> PriorsOutcome:
         return self._said(progress, deadline, "timeout")
@@ -220,13 +226,17 @@ def _patient(question: Question) -> tuple[object, ...]:
 
 def _opener(settings: PriorsSettings) -> Callable[[Deadline], Archive]:
     """What opens the archive for one study; its files are read once, at the start."""
-    token = None
-    try:
-        tls_context(settings)
-        if settings.token_file:
-            token = settings.token_file.read_text().strip()
-    except (OSError, UnicodeDecodeError) as error:
-        raise UsageError(f"priors: a file of TLS or token_file cannot be used ({error}); name one that can be read") from error
+    tls = client_context(settings.tls_ca, settings.tls_certificate, settings.tls_key)
     if settings.kind == "dicom":
-        return lambda deadline: DimseArchive(settings, deadline)
-    return lambda deadline: WebArchive(settings, token, deadline)
+        return lambda deadline: DimseArchive(settings, tls if settings.tls else None, deadline)
+    token = _token(settings.token_file)
+    return lambda deadline: WebArchive(settings, tls, token, deadline)
+
+
+def _token(file: Path | None) -> str | None:
+    try:
+        return file.read_text().strip() if file else None
+    except (OSError, UnicodeDecodeError) as error:
+        raise UsageError(
+            f"priors.token_file {file} cannot be used ({error}); name a text file that this user can read"
+        ) from error

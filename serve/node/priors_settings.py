@@ -1,6 +1,5 @@
 """How the node asks an archive for a patient's earlier studies, as YAML states it."""
 
-import ssl
 from pathlib import Path
 from typing import Annotated, Literal, Self
 
@@ -57,18 +56,3 @@ class PriorsSettings(BaseModel):
         if self.tls_key and not self.tls_certificate:
             raise ValueError("tls_key is given without tls_certificate; name the certificate that it belongs to")
         return self
-
-
-def tls_context(settings: PriorsSettings) -> ssl.SSLContext:
-    """TLS towards the archive as the settings say; the archive's certificate has to name its host.
-
-    Raises
-    ------
-    OSError
-        When a file cannot be read or is no PEM; `ssl.SSLError` is one.
-    """
-    context = ssl.create_default_context(cafile=settings.tls_ca)
-    context.minimum_version = ssl.TLSVersion.TLSv1_2
-    if settings.tls_certificate:
-        context.load_cert_chain(settings.tls_certificate, settings.tls_key)
-    return context

@@ -28,19 +28,17 @@ class ReceivingMetrics:
 
     def __init__(self, registry: CollectorRegistry) -> None:
         self._registry = registry
-        self._associations = Counter(
-            "cxr_ray_node_associations", "Connections that ended, by how.", ["outcome"], registry=registry
-        )
-        self._answers = Counter("cxr_ray_node_instances", "C-STOREs answered, by status.", ["status"], registry=registry)
+        self._associations = Counter("cxr_node_associations", "Connections that ended, by how.", ["outcome"], registry=registry)
+        self._answers = Counter("cxr_node_instances", "C-STOREs answered, by status.", ["status"], registry=registry)
         self._stored = Counter(
-            "cxr_ray_node_stored_instances", "Instances made durable: new, duplicate or conflict.", ["kind"], registry=registry
+            "cxr_node_stored_instances", "Instances made durable: new, duplicate or conflict.", ["kind"], registry=registry
         )
-        self._bytes = Counter("cxr_ray_node_stored_bytes", "Bytes of data sets made durable.", registry=registry)
+        self._bytes = Counter("cxr_node_stored_bytes", "Bytes of data sets made durable.", registry=registry)
         self._store_seconds = Histogram(
-            "cxr_ray_node_store_seconds", "From a C-STORE's command to its answer.", buckets=_STORE_SECONDS, registry=registry
+            "cxr_node_store_seconds", "From a C-STORE's command to its answer.", buckets=_STORE_SECONDS, registry=registry
         )
         self._sync_seconds = Histogram(
-            "cxr_ray_node_fsync_seconds", "Forcing an instance to disk.", buckets=_SYNC_SECONDS, registry=registry
+            "cxr_node_fsync_seconds", "Forcing an instance to disk.", buckets=_SYNC_SECONDS, registry=registry
         )
 
     @classmethod
@@ -51,11 +49,13 @@ class ReceivingMetrics:
     def watch(self, spool: Spool, associations: Callable[[], int], connections: Callable[[], int]) -> None:
         """Show states besides counts: each is asked for when the figures are read."""
         for name, words, value in (
-            ("cxr_ray_node_open_associations", "Associations that are open.", associations),
-            ("cxr_ray_node_pending_connections", "Connections that are no association.", connections),
-            ("cxr_ray_node_free_bytes", "Free bytes on the spool's disk.", spool.free_bytes),
-            ("cxr_ray_node_ready_instances", "Instances that wait for their answer.", lambda: spool.count("ready")),
-            ("cxr_ray_node_conflicts", "Instances kept aside under a UID that was taken.", lambda: spool.count("conflicts")),
+            ("cxr_node_open_associations", "Associations that are open.", associations),
+            ("cxr_node_pending_connections", "Connections that are no association.", connections),
+            ("cxr_node_free_bytes", "Free bytes on the spool's disk.", spool.free_bytes),
+            ("cxr_node_ready_instances", "Instances that wait for their answer.", lambda: spool.count("ready")),
+            ("cxr_node_answered_instances", "Answered ones whose results are not sent yet.", lambda: spool.count("answered")),
+            ("cxr_node_dead_letters", "Instances that were given up.", lambda: spool.count("dead")),
+            ("cxr_node_conflicts", "Instances kept aside under a UID that was taken.", lambda: spool.count("conflicts")),
         ):
             Gauge(name, words, registry=self._registry).set_function(_or_nothing(value))
 

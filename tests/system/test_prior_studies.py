@@ -53,7 +53,7 @@ def node(door: str, archive: Orthanc, tmp_path: Path) -> Iterator[Callable[..., 
         start = 132 + 12 + int.from_bytes(data[140:144], "little")
         origin = Origin(instance.SOPClassUID, instance.SOPInstanceUID, instance.file_meta.TransferSyntaxUID, "PACS")
         spool.store(data[start:], origin)
-        with Dispatcher(DispatchSettings(service_url=door), spool, priors):
+        with Dispatcher(DispatchSettings(service_url=door), spool, priors=priors):
             until(lambda: not spool.pending(), "the answer", 60)
 
     yield bring
