@@ -7,7 +7,7 @@ PEERS := chromium dcmtk default-jre-headless dicom3tools faketime iproute2 opens
 STAMP := $(VENV)/.installed
 export RAY_USAGE_STATS_ENABLED := 0
 
-.PHONY: help install peers demo test lint clean bench-ingest bench-train bench-scores bench-store bench-serve bench-node fuzz-node
+.PHONY: help install peers demo test lint clean bench-ingest bench-train bench-scores bench-store bench-serve bench-node fuzz-node chaos
 
 help:
 	@echo "make install   create $(VENV) and install cxr-ray into it"
@@ -21,6 +21,7 @@ help:
 	@echo "make bench-serve    speed, memory and overload of serving beside the engine alone and a plain service; about 40 minutes on 2 quiet cores"
 	@echo "make bench-node     speed of receiving by C-STORE beside Orthanc and DCMTK's storescp; about 4 minutes on 2 quiet cores"
 	@echo "make fuzz-node      20,000 associations that break the protocol, with honest peers between them; about 10 minutes"
+	@echo "make chaos          2,000 studies through the DICOM node while all around it is killed, filled and cut; about 40 minutes on 2 cores (SEED=N)"
 
 install: $(STAMP)
 
@@ -67,6 +68,9 @@ bench-node: install peers
 
 fuzz-node: install
 	$(BIN)/python bench/fuzz_node.py
+
+chaos: install peers
+	$(BIN)/python bench/chaos.py $(if $(SEED),--seed $(SEED))
 
 clean:
 	rm -rf $(VENV) demo
