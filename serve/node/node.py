@@ -24,8 +24,6 @@ from serve.node.service_client import DispatchSettings, service_client
 from serve.node.spool import Spool
 from serve.node.spool_records import SpooledInstance
 from serve.node.storage_commitment import CommitmentRegistry
-from serve.node.study_record import Drawings
-from serve.node.study_results import StudyResults
 from serve.node.sweeping import Sweeper
 from serve.token import TOKEN_VARIABLE
 
@@ -72,10 +70,10 @@ def dicom_node(settings: NodeSettings, *, service_url: str | None, token: str | 
         commitments = CommitmentRegistry(outbox)
         stack.enter_context(Delivery(settings.delivery, outbox, commitments, registry))
         receiving: list[Listener] = []
+        assembler = None
         if settings.delivery.destinations:
-            keep = _assembled(stack, settings, dispatch, spool, outbox, receiving)
+            assembler = _assembler(stack, settings, dispatch, spool, outbox, receiving)
         else:
-            keep = None
             # Of a time when there were destinations: nobody waits for results any more.
             for name in spool.answers.awaiting():
                 spool.answers.settle(name)
@@ -84,27 +82,41 @@ def dicom_node(settings: NodeSettings, *, service_url: str | None, token: str | 
             from serve.node.priors import Priors  # noqa: PLC0415 - brings an image library that few nodes need
 
             priors = stack.enter_context(closing(Priors(settings.priors, dispatch.service_url, secret)))
-        dispatcher = stack.enter_context(Dispatcher(dispatch, spool, keep, priors))
-        listener = Listener(settings.listener, spool, dispatcher.notify, on_commitment=commitments.report, registry=registry)
+        dispatcher = stack.enter_context(Dispatcher(dispatch, spool, assembler and _kept(spool, assembler), priors))
+        listener = Listener(
+            settings.listener,
+            spool,
+            dispatcher.notify,
+            on_association_end=assembler and (lambda *_association: assembler.notify()),
+            on_commitment=commitments.report,
+            registry=registry,
+        )
         receiving.append(stack.enter_context(listener))
         yield listener
 
 
-def _assembled(
+def _assembler(
     stack: ExitStack,
     settings: NodeSettings,
     dispatch: DispatchSettings,
     spool: Spool,
     outbox: Outbox,
     receiving: list[Listener],
-) -> Callable[[SpooledInstance, bytes], None]:
-    """Start the assembler; returns what becomes of an answered instance."""
+) -> Assembler:
+    # They bring highdicom, which takes two seconds that a node without destinations need not wait for.
+    from serve.node.study_record import Drawings  # noqa: PLC0415
+    from serve.node.study_results import StudyResults  # noqa: PLC0415
+
     client = stack.enter_context(service_client(dispatch))
     results = StudyResults(spool, Drawings(client), outbox, settings.delivery.destinations, settings.results)
     assembler = Assembler(
         settings.assembly, spool, results, lambda: {name for listener in receiving for name in listener.receiving()}
     )
-    stack.enter_context(assembler)
+    return stack.enter_context(assembler)
+
+
+def _kept(spool: Spool, assembler: Assembler) -> Callable[[SpooledInstance, bytes], None]:
+    """What becomes of an answered instance."""
 
     def keep(instance: SpooledInstance, answer: bytes) -> None:
         spool.answers.keep(instance.name, answer)
