@@ -82,12 +82,12 @@ def dicom_node(settings: NodeSettings, *, service_url: str | None, token: str | 
             from serve.node.priors import Priors  # noqa: PLC0415 - brings an image library that few nodes need
 
             priors = stack.enter_context(closing(Priors(settings.priors, dispatch.service_url, secret)))
-        dispatcher = stack.enter_context(Dispatcher(dispatch, spool, assembler and _kept(spool, assembler), priors))
+        dispatcher = stack.enter_context(Dispatcher(dispatch, spool, _kept(spool, assembler) if assembler else None, priors))
         listener = Listener(
             settings.listener,
             spool,
             dispatcher.notify,
-            on_association_end=assembler and (lambda *_association: assembler.notify()),
+            on_association_end=(lambda *_association: assembler.notify()) if assembler else None,
             on_commitment=commitments.report,
             registry=registry,
         )
