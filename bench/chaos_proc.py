@@ -88,13 +88,12 @@ def holdings(pid: int) -> Holdings:
 
 def holds_open(pid: int, folder: Path) -> bool:
     """Whether a process has a file of a folder open."""
-    with suppress(OSError):
-        with os.scandir(_PROC / str(pid) / "fd") as descriptors:
-            for descriptor in descriptors:
-                with suppress(OSError):
-                    # The kernel's own text: what it names may be gone already.
-                    if os.readlink(descriptor.path).startswith(f"{folder}/"):  # noqa: PTH115
-                        return True
+    with suppress(OSError), os.scandir(_PROC / str(pid) / "fd") as descriptors:
+        for descriptor in descriptors:
+            with suppress(OSError):
+                # The kernel's own text: what it names may be gone already.
+                if os.readlink(descriptor.path).startswith(f"{folder}/"):  # noqa: PTH115
+                    return True
     return False
 
 
