@@ -18,7 +18,6 @@ from serve.node.destinations import DeliverySettings
 from serve.node.dispatch import Dispatcher
 from serve.node.listener import Listener, ListenerSettings
 from serve.node.outbox import Outbox
-from serve.node.priors import Priors
 from serve.node.priors_settings import PriorsSettings
 from serve.node.results.settings import ResultSettings
 from serve.node.service_client import DispatchSettings, service_client
@@ -82,6 +81,8 @@ def dicom_node(settings: NodeSettings, *, service_url: str | None, token: str | 
                 spool.answers.settle(name)
         priors = None
         if settings.priors.kind != "off":
+            from serve.node.priors import Priors  # noqa: PLC0415 - brings an image library that few nodes need
+
             priors = stack.enter_context(closing(Priors(settings.priors, dispatch.service_url, secret)))
         dispatcher = stack.enter_context(Dispatcher(dispatch, spool, keep, priors))
         listener = Listener(settings.listener, spool, dispatcher.notify, on_commitment=commitments.report, registry=registry)
