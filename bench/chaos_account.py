@@ -155,7 +155,9 @@ def _counts(record: Record, places: dict[tuple[str, int], list[str]]) -> dict[st
         for kind in kinds:
             counts[f"{destination}: {kind.upper()} objects"] = sum(result.kind == kind for result in here)
         counts[f"{destination}: of them revisions"] = sum(result.revision > 1 for result in here)
-        counts[f"{destination}: identical ones sent again"] = sum(result.times - 1 for result in here)
+        # Only a journal knows; an archive shows each object once.
+        if any(result.digests for result in here):
+            counts[f"{destination}: identical ones sent again"] = sum(result.times - 1 for result in here)
         counts[f"{destination}: dead letters"] = sum(dead.destination == destination for dead in record.dead_results)
     return counts
 
