@@ -12,7 +12,7 @@ import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from chaos_clients import NONE, SUCCESS, Send, cut_association
+from chaos_clients import SUCCESS, Send, cut_association
 from chaos_journal import Journal
 from chaos_plan import Client, Course, Image, Study
 
@@ -149,11 +149,3 @@ class _Sending:
             if left:
                 time.sleep(self._chance.uniform(*_PAUSE_SECONDS))
         return not left
-
-
-def outcome(statuses: Sequence[str | None]) -> str:
-    """What an image's sender knows in the end: answered, refused, or nothing."""
-    told = [status for status in statuses if status is not None]
-    if SUCCESS in told:
-        return "answered"
-    return "refused" if told and told[-1] != NONE else "nothing"
