@@ -252,8 +252,8 @@ def _names_somebody(log: Path) -> bool:
 
 
 def strays(site: Site) -> list[str]:
-    """What the campaign itself has left: processes, kills them, and mounts."""
-    found = [f"process {process}" for process in site.family.end()]
+    """What a campaign has left behind once its site was closed: processes, and a mount."""
+    found = [f"process {process}" for process in site.strays]
     if os.path.ismount(site.disk.root):
         found.append(f"{site.disk.root} is mounted still")
     return found
