@@ -17,7 +17,10 @@ _SETTLED = ("done", "dead", "conflicts")
 
 @dataclass(frozen=True)
 class Sent:
-    """One image as its sender knows it; `version` tells other bytes under the same UID apart."""
+    """One image as its sender knows it; `version` tells other bytes under the same UID apart.
+
+    Of the `attempts`, so many were answered 0x0000, and so many otherwise; the rest got no answer.
+    """
 
     sop_instance_uid: str
     version: int
@@ -26,6 +29,7 @@ class Sent:
     client: str
     attempts: int
     successes: int
+    refusals: int = 0
 
 
 @dataclass(frozen=True)
@@ -143,6 +147,8 @@ def _counts(record: Record, places: dict[tuple[str, int], list[str]]) -> dict[st
         "studies": len({sent.study_instance_uid for sent in record.sent}),
         "images sent": len(record.sent),
         "attempts": sum(sent.attempts for sent in record.sent),
+        "of them: refused by a status": sum(sent.refusals for sent in record.sent),
+        "of them: without an answer": sum(sent.attempts - sent.successes - sent.refusals for sent in record.sent),
         "images answered 0x0000": len(promised),
         "of them: answered by the service": ends["done"],
         "of them: dead letters": ends["dead"],
@@ -155,7 +161,9 @@ def _counts(record: Record, places: dict[tuple[str, int], list[str]]) -> dict[st
         for kind in kinds:
             counts[f"{destination}: {kind.upper()} objects"] = sum(result.kind == kind for result in here)
         counts[f"{destination}: of them revisions"] = sum(result.revision > 1 for result in here)
-        counts[f"{destination}: identical ones sent again"] = sum(result.times - 1 for result in here)
+        # Only a journal knows; an archive shows each object once.
+        if any(result.digests for result in here):
+            counts[f"{destination}: identical ones sent again"] = sum(result.times - 1 for result in here)
         counts[f"{destination}: dead letters"] = sum(dead.destination == destination for dead in record.dead_results)
     return counts
 
@@ -253,14 +261,24 @@ def gathered(journal: Iterable[dict[str, Any]]) -> list[Sent]:
     """What the senders know, from the lines of their journal."""
     attempts: Counter[tuple[str, int]] = Counter()
     successes: Counter[tuple[str, int]] = Counter()
+    refusals: Counter[tuple[str, int]] = Counter()
     about: dict[tuple[str, int], dict[str, Any]] = {}
     for line in journal:
         key = line["sop_instance_uid"], line["version"]
         about.setdefault(key, line)
         attempts[key] += line["status"] is None
         successes[key] += line["status"] == "0x0000"
+        refusals[key] += line["status"] not in {None, "0x0000", "none"}
     return [
-        Sent(uid, version, line["study_instance_uid"], line["course"], line["client"], attempts[uid, version],
-             successes[uid, version])
-        for (uid, version), line in about.items()
-    ]  # fmt: skip
+        Sent(
+            sop_instance_uid=key[0],
+            version=key[1],
+            study_instance_uid=line["study_instance_uid"],
+            course=line["course"],
+            client=line["client"],
+            attempts=attempts[key],
+            successes=successes[key],
+            refusals=refusals[key],
+        )
+        for key, line in about.items()
+    ]

@@ -1,5 +1,6 @@
 """One campaign against one kind of store, from the first study to the account."""
 
+import json
 import os
 import threading
 import time
@@ -7,6 +8,7 @@ from collections import Counter
 from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass, field
+from datetime import UTC, datetime
 from pathlib import Path
 
 from chaos_account import Account, Record, balance
@@ -80,7 +82,7 @@ class Campaign:
         CampaignError
             If it could not be carried out; that is no verdict on the node.
         """
-        began = time.monotonic()
+        began, self._wall = time.monotonic(), datetime.now(UTC)
         site = self._site
         site.start()
         before = {child.name: holdings(child.pid) for child in site.listeners}
@@ -116,6 +118,7 @@ class Campaign:
                 **self._faults.notes,
                 **{f"second destination {mode.value}: met": count for mode, count in site.met().items()},
                 "dead letters of destinations replayed": len(replayed),
+                "log lines of listeners with a stepped clock": sum(_stepped(child.log, self._wall) for child in site.listeners),
                 "tracebacks in the listeners' logs": sum(_text(child.log).count("Traceback") for child in site.listeners),
             },
             held=held,
@@ -234,13 +237,23 @@ def _text(log: Path) -> str:
     return log.read_text(errors="replace")
 
 
+def _stepped(log: Path, began: datetime) -> int:
+    """Lines that were logged before the campaign, or after now, as the listener's clock had it."""
+    found = 0
+    for line in log.read_text(errors="replace").splitlines():
+        with suppress(ValueError, KeyError, TypeError):
+            logged = datetime.fromisoformat(json.loads(line)["time"])
+            found += not began <= logged <= datetime.now(UTC)
+    return found
+
+
 def _names_somebody(log: Path) -> bool:
     return PATIENT in _text(log)
 
 
 def strays(site: Site) -> list[str]:
-    """What the campaign itself has left: processes, kills them, and mounts."""
-    found = [f"process {process}" for process in site.family.end()]
+    """What a campaign has left behind once its site was closed: processes, and a mount."""
+    found = [f"process {process}" for process in site.strays]
     if os.path.ismount(site.disk.root):
         found.append(f"{site.disk.root} is mounted still")
     return found

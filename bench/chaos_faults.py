@@ -82,6 +82,8 @@ _SUBJECTS = {
     Kind.ARCHIVE_STOPPED: "archive",
 }
 _SECOND = "second"
+# The listeners' clocks follow within a second.
+_SHORTEST_SECONDS = {Kind.CLOCK: 2.5}
 
 
 @dataclass(frozen=True)
@@ -107,7 +109,9 @@ def schedule(studies: int, kills: int, rounds: int, seed: int) -> list[Planned]:
                 after=chance.randint(first, last),
                 kind=kind,
                 delay=chance.uniform(0, _LONGEST_DELAY),
-                seconds=chance.uniform(0.2, 3) if kind in KILLS else chance.uniform(1, longest),
+                seconds=chance.uniform(0.2, 3)
+                if kind in KILLS
+                else chance.uniform(_SHORTEST_SECONDS.get(kind, 1), longest + 1),
             )
             for kind in kinds
         ),

@@ -12,12 +12,14 @@ import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from chaos_clients import NONE, SUCCESS, Send, cut_association
+from chaos_clients import SUCCESS, Send, cut_association
 from chaos_journal import Journal
 from chaos_plan import Client, Course, Image, Study
+from chaos_processes import CampaignError
 
 _PAUSE_SECONDS = (0.2, 2.0)
 _AGAIN = (1, 3)
+_LONGEST_SECONDS = 600
 
 
 class Senders:
@@ -141,7 +143,10 @@ class _Sending:
         """Send images in one association; a persistent sender sends again what was not answered 0x0000. Whether all were."""
         files = {image: image.write(self._folder) for image in images}
         left = list(images)
+        deadline = time.monotonic() + _LONGEST_SECONDS
         while left and not self._senders.stopping.is_set():
+            if time.monotonic() > deadline:
+                raise CampaignError(f"nobody has taken an image of {self._study.course.value} for {_LONGEST_SECONDS} s")
             told = self._senders.attempt(self._study, left, self._senders.by_client(self._study, [files[i] for i in left]))
             left = [image for image, status in zip(left, told, strict=True) if status != SUCCESS]
             if not self._study.persistent:
@@ -149,11 +154,3 @@ class _Sending:
             if left:
                 time.sleep(self._chance.uniform(*_PAUSE_SECONDS))
         return not left
-
-
-def outcome(statuses: Sequence[str | None]) -> str:
-    """What an image's sender knows in the end: answered, refused, or nothing."""
-    told = [status for status in statuses if status is not None]
-    if SUCCESS in told:
-        return "answered"
-    return "refused" if told and told[-1] != NONE else "nothing"

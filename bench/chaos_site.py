@@ -23,7 +23,7 @@ from chaos_destination import Mode
 from chaos_disk import SpoolDisk
 from chaos_journal import entries
 from chaos_proc import descendants, lock_holder
-from chaos_processes import CampaignError, Child, Family, product
+from chaos_processes import CampaignError, Child, Family, product, until
 from chaos_stores import PostgresStore, ResultsStore, SqliteStore
 from measuring import script
 
@@ -32,6 +32,7 @@ ARCHIVE, SECOND = "archive", "second"
 WANTED: dict[str, tuple[str, ...]] = {ARCHIVE: ("sr", "sc"), SECOND: ("sr",)}
 _FAKETIME = "/usr/lib/*/faketime/libfaketime.so.1"
 _REPLICA = "ServeReplica:"
+_END_SECONDS = 20
 
 
 class Site:
@@ -47,11 +48,17 @@ class Site:
         How many will come; the spool's disk is made for so many.
     ray_folder
         For Ray's sessions: a short path, as sockets need it.
+
+    Attributes
+    ----------
+    strays
+        Processes that were still there when all had been told to end.
     """
 
     def __init__(self, folder: Path, store: str, studies: int, mark: str, bundle: Path, ray_folder: Path) -> None:
         self._stack = ExitStack()
         self.folder = folder
+        self.strays: list[str] = []
         self.family = Family(mark, folder)
         self.disk = SpoolDisk(folder / "disk", megabytes=256 + studies // 2)
         self.spool = self.disk.root / "spool"
@@ -75,8 +82,8 @@ class Site:
     def _open(self) -> None:
         ports = free_ports(6)
         self.http_port, self.port = ports[0], ports[1]
-        self._stack.callback(self.family.end)
         self._stack.enter_context(self.disk)
+        self._stack.callback(self._end_what_is_left)
         self.store: ResultsStore = (
             SqliteStore(self.folder)
             if self._store_kind == "sqlite"
@@ -99,6 +106,12 @@ class Site:
         for child in (self.service, self.archive, self.source, self.second, *self.listeners):
             self._stack.callback(child.stop)
         self._stack.callback(self.set_mode, Mode.WELL)
+
+    def _end_what_is_left(self) -> None:
+        # What has lost its parent or its peer may take a moment to notice.
+        with suppress(CampaignError):
+            until(lambda: not self.family.alive(), "processes to end", _END_SECONDS)
+        self.strays = self.family.end()
 
     def start(self) -> None:
         """Start everything, the listeners last."""

@@ -37,7 +37,7 @@ def test_the_account_of_a_short_campaign_balances(campaign) -> None:
     assert not any(figures["problems"].values()), ran.stdout[-6000:]
     assert ran.returncode == 0
     assert "The account balances." in ran.stdout
-    assert max(map(len, ran.stdout.splitlines())) <= 110
+    assert {len(line) for line in ran.stdout.splitlines() if line.startswith("│")} == {80}
     assert figures["kills"] == 4
     assert {"association cut in mid-PDU", "sender gone before the answer"} <= set(figures["faults"])
     assert figures["counts"]["studies"] == 24
