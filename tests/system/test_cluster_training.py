@@ -159,7 +159,7 @@ def test_workers_that_no_node_can_hold_fail_the_job_at_once(cluster, dataset, tm
         job.wait_for(f"cxr-ray: job {submission_id} failed with exit code 1; its log is above$")
         assert job.finish() == 1, job.said
     assert not (tmp_path / "run").exists()
-    again = cluster.submit("--submission-id", submission_id, "train")
+    again = cluster.submit("--submission-id", submission_id, "train", "--data", "x", "--out", "y")
     assert (again.returncode, again.stderr.count("\n")) == (1, 1)
     assert submission_id in again.stderr
 
