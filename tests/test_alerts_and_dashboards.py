@@ -1,4 +1,4 @@
-"""Prometheus takes its configuration and fires when it should; alerts have a runbook, and nothing asks for a figure nobody counts."""
+"""Prometheus takes its configuration and fires when it should; alerts have a runbook, and what is asked for is counted."""
 
 import json
 import re

@@ -1,4 +1,4 @@
-"""The Kubernetes manifests: accepted by the published schemas, locked down, and of one mind with the code and with each other."""
+"""The Kubernetes manifests: accepted by the published schemas, locked down, of one mind with the code and with each other."""
 
 import os
 import re

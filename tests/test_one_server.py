@@ -1,4 +1,4 @@
-"""compose.yaml, the Dockerfile and the `ray up` configurations: accepted by their own tools, and of one mind with Kubernetes."""
+"""compose.yaml, the Dockerfile and what `ray up` reads: accepted by their own tools, and of one mind with Kubernetes."""
 
 import fnmatch
 import json
@@ -79,7 +79,7 @@ def test_one_server_has_every_part(compose: Document) -> None:
 def test_secrets_have_to_be_filled_in(tmp_path: Path) -> None:
     assert {name for name, value in VARIABLES.items() if not value} == SECRETS | {"CXR_RAY_NODE_TOKEN"}
     for absent in sorted(SECRETS):
-        (tmp_path / "env").write_text("".join(f"{name}={name != absent and 'x' or ''}\n" for name in VARIABLES))
+        (tmp_path / "env").write_text("".join(f"{name}={'' if name == absent else 'x'}\n" for name in VARIABLES))
         refused = run_compose("--env-file", tmp_path / "env", "config")
         assert refused.returncode != 0
         assert "cluster/.env" in refused.stderr
