@@ -7,7 +7,7 @@ PEERS := chromium dcmtk default-jre-headless dicom3tools faketime iproute2 opens
 STAMP := $(VENV)/.installed
 export RAY_USAGE_STATS_ENABLED := 0
 
-.PHONY: help install peers demo test lint clean bench-ingest bench-train bench-scores bench-store bench-serve bench-node fuzz-node
+.PHONY: help install peers demo test lint clean bench-ingest bench-train bench-scores bench-store bench-serve bench-node fuzz-node chaos
 
 help:
 	@echo "make install   create $(VENV) and install cxr-ray into it"
@@ -19,8 +19,9 @@ help:
 	@echo "make bench-scores   time of the scores of a whole official test split; about 2 minutes"
 	@echo "make bench-store    time of a page of 100,000 stored studies; about a minute"
 	@echo "make bench-serve    speed, memory and overload of serving beside the engine alone and a plain service; about 40 minutes on 2 quiet cores"
-	@echo "make bench-node     speed of receiving by C-STORE beside Orthanc and DCMTK's storescp; about 4 minutes on 2 quiet cores"
+	@echo "make bench-node     speed of receiving by C-STORE beside Orthanc and DCMTK's storescp, and of results; about 6 minutes on 2 quiet cores"
 	@echo "make fuzz-node      20,000 associations that break the protocol, with honest peers between them; about 10 minutes"
+	@echo "make chaos          2,000 studies through the DICOM node while all around it is killed, filled and cut; about 40 minutes on 2 cores (SEED=N)"
 
 install: $(STAMP)
 
@@ -64,9 +65,13 @@ bench-serve: install
 
 bench-node: install peers
 	$(BIN)/python bench/bench_node.py
+	$(BIN)/python bench/bench_returned.py
 
 fuzz-node: install
 	$(BIN)/python bench/fuzz_node.py
+
+chaos: install peers
+	$(BIN)/python bench/chaos.py $(if $(SEED),--seed $(SEED))
 
 clean:
 	rm -rf $(VENV) demo

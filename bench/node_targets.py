@@ -62,7 +62,7 @@ def listener(folder: Path) -> Iterator[Receiver]:
     """This node's listener over a spool, with fsync as always."""
     spool, port = folder / "spool", free_port()
     command = [sys.executable, "-c", LISTENER, str(spool), str(port)]
-    with _process(command, environment(), port, folder / "listener.log"):
+    with process(command, environment(), port, folder / "listener.log"):
         yield Receiver("cxr-ray", "CXRRAY", port, lambda: sum(1 for _ in (spool / "ready").glob("*.dcm")))
 
 
@@ -84,7 +84,7 @@ def orthanc(folder: Path) -> Iterator[Receiver]:
     }
     (folder / "orthanc.json").write_text(json.dumps(settings))
     command = [program("Orthanc"), str(folder / "orthanc.json")]
-    with _process(command, peers_environment(), port, folder / "orthanc.log"):
+    with process(command, peers_environment(), port, folder / "orthanc.log"):
         yield Receiver("Orthanc", "ORTHANC", port, lambda: _files(folder / "orthanc"))
 
 
@@ -107,7 +107,7 @@ def _storescp(folder: Path, name: str, options: list[str]) -> Iterator[Receiver]
     port, stored = free_port(), folder / "storescp"
     stored.mkdir()
     command = [program("storescp"), *options, "+xa", "+uf", "-od", str(stored), str(port)]
-    with _process(command, peers_environment(), port, folder / "storescp.log"):
+    with process(command, peers_environment(), port, folder / "storescp.log"):
         yield Receiver(name, "ANY", port, lambda: _files(stored))
 
 
@@ -116,7 +116,8 @@ def _files(folder: Path) -> int:
 
 
 @contextmanager
-def _process(command: list[str], variables: dict[str, str], port: int, log: Path) -> Iterator[None]:
+def process(command: list[str], variables: dict[str, str], port: int, log: Path) -> Iterator[None]:
+    """A program that listens on a port once it is ready; its whole group is ended afterwards."""
     with log.open("wb") as said:
         child = subprocess.Popen(
             command, env=variables, stdout=said, stderr=subprocess.STDOUT, start_new_session=True, cwd=log.parent

@@ -44,7 +44,8 @@ def list_jobs(
         return
     shown = Table(title=f"{len(found)} jobs", title_justify="left", box=None, pad_edge=False)
     for name in ("id", "state", "began (UTC)", "took", "command"):
-        shown.add_column(name, overflow="fold", justify="right" if name == "took" else "left")
+        # Ids are copied: only the command is broken into lines.
+        shown.add_column(name, overflow="fold", no_wrap=name != "command", justify="right" if name == "took" else "left")
     for job in found:
         shown.add_row(job.submission_id, job.status.value.lower(), _began(job), _took(job), _command(job))
     Console().print(shown)

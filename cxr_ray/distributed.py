@@ -29,6 +29,7 @@ from cxr_ray.clinical import ClinicalInputs, ClinicalStatistics, encode, fit_sta
 from cxr_ray.dataset import Dataset
 from cxr_ray.errors import CxrRayError
 from cxr_ray.losses import class_weights, prior_log_odds
+from cxr_ray.node_network import NodeNetworkConfig
 from cxr_ray.placement import check_placement, lacking
 from cxr_ray.presets.preset import NetworkOptions
 from cxr_ray.recipe import check_data, network_options, resolve
@@ -165,6 +166,7 @@ def _trainer(task: WorkerTask) -> TorchTrainer:
     return TorchTrainer(
         train_worker,
         train_loop_config={"task": task},
+        torch_config=NodeNetworkConfig(),
         scaling_config=ScalingConfig(
             num_workers=most if fewest == most else (fewest, most),
             use_gpu=settings.gpu,

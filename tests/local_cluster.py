@@ -147,14 +147,16 @@ class LocalCluster:
         environment = clean_environment() | {"COLUMNS": "80"}
         return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120, check=False)
 
-    def process_with(self, *words: str) -> int:
-        """The process of the cluster whose command line holds these words, and is no shell's."""
+    @staticmethod
+    def driver_of(*words: str) -> int:
+        """The process that runs a submitted command which has these words; Ray gives it a session of its own."""
         found = []
-        for process in (process for node in self._nodes for process in self.processes(node)):
-            with suppress(FileNotFoundError, ProcessLookupError):
-                command = Path(f"/proc/{process}/cmdline").read_bytes().decode().split("\0")
-                if set(words) <= set(command):
-                    found.append(process)
+        for entry in Path("/proc").iterdir():
+            if entry.name.isdecimal():
+                with suppress(OSError):
+                    command = (entry / "cmdline").read_bytes().decode(errors="replace").split("\0")
+                    if {"cxr_ray", *words} <= set(command) and "submit" not in command and not command[0].endswith("sh"):
+                        found.append(int(entry.name))
         assert len(found) == 1, found
         return found[0]
 

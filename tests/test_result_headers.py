@@ -213,3 +213,13 @@ def test_an_image_without_class_is_referred_to_by_its_file_meta_information() ->
     reference = report.CurrentRequestedProcedureEvidenceSequence[0].ReferencedSeriesSequence[0].ReferencedSOPSequence[0]
     assert reference.ReferencedSOPClassUID == header.file_meta.MediaStorageSOPClassUID
     assert shown.SourceImageSequence[0].ReferencedSOPClassUID == reference.ReferencedSOPClassUID
+
+
+def test_the_order_is_taken_over() -> None:
+    asked = Dataset()
+    asked.RequestedProcedureID, asked.RequestedProcedureDescription = "RP-1", "Thorax p.a."
+    header = accepted(dicom(VISITS[0], AccessionNumber="A-4711", RequestAttributesSequence=[asked]))
+    (request,) = results(header)[0].ReferencedRequestSequence
+    assert (request.AccessionNumber, request.RequestedProcedureID) == ("A-4711", "RP-1")
+    assert request.StudyInstanceUID == header.StudyInstanceUID
+    assert "ReferencedRequestSequence" not in results(accepted(FILE))[0]

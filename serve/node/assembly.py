@@ -105,6 +105,7 @@ class Assembler:
         self._studies: dict[str, _Study] = {}
         self._study_of: dict[str, str] = {}
         self._busy: set[str] = set()
+        self._held: set[str | None] = set()
         self._guard = threading.Lock()
         self._stopping, self._wake = threading.Event(), threading.Event()
         self._thread: threading.Thread | None = None
@@ -159,6 +160,8 @@ class Assembler:
             self._study_of = {name: study for name, study in self._study_of.items() if name in looked_at}
             for study in self._studies.keys() & arriving:
                 self._studies[study].latest = now
+            # Somebody says when they go on; until then there is nothing to look for.
+            self._held = waiting | arriving
             due = [
                 study
                 for study, known in self._studies.items()
@@ -206,7 +209,7 @@ class Assembler:
             moments = [
                 max(known.not_before, known.latest + self._settings.quiet_seconds)
                 for study, known in self._studies.items()
-                if study not in self._busy
+                if study not in self._busy and study not in self._held
             ]
         return min(max(min(moments, default=now + 0.5) - now, 0.02), 0.5)
 

@@ -18,15 +18,12 @@ from serve.node.destinations import DeliverySettings
 from serve.node.dispatch import Dispatcher
 from serve.node.listener import Listener, ListenerSettings
 from serve.node.outbox import Outbox
-from serve.node.priors import Priors
 from serve.node.priors_settings import PriorsSettings
 from serve.node.results.settings import ResultSettings
 from serve.node.service_client import DispatchSettings, service_client
 from serve.node.spool import Spool
 from serve.node.spool_records import SpooledInstance
 from serve.node.storage_commitment import CommitmentRegistry
-from serve.node.study_record import Drawings
-from serve.node.study_results import StudyResults
 from serve.node.sweeping import Sweeper
 from serve.token import TOKEN_VARIABLE
 
@@ -73,37 +70,53 @@ def dicom_node(settings: NodeSettings, *, service_url: str | None, token: str | 
         commitments = CommitmentRegistry(outbox)
         stack.enter_context(Delivery(settings.delivery, outbox, commitments, registry))
         receiving: list[Listener] = []
+        assembler = None
         if settings.delivery.destinations:
-            keep = _assembled(stack, settings, dispatch, spool, outbox, receiving)
+            assembler = _assembler(stack, settings, dispatch, spool, outbox, receiving)
         else:
-            keep = None
             # Of a time when there were destinations: nobody waits for results any more.
             for name in spool.answers.awaiting():
                 spool.answers.settle(name)
         priors = None
         if settings.priors.kind != "off":
+            from serve.node.priors import Priors  # noqa: PLC0415 - brings an image library that few nodes need
+
             priors = stack.enter_context(closing(Priors(settings.priors, dispatch.service_url, secret)))
-        dispatcher = stack.enter_context(Dispatcher(dispatch, spool, keep, priors))
-        listener = Listener(settings.listener, spool, dispatcher.notify, on_commitment=commitments.report, registry=registry)
+        dispatcher = stack.enter_context(Dispatcher(dispatch, spool, _kept(spool, assembler) if assembler else None, priors))
+        listener = Listener(
+            settings.listener,
+            spool,
+            dispatcher.notify,
+            on_association_end=(lambda *_association: assembler.notify()) if assembler else None,
+            on_commitment=commitments.report,
+            registry=registry,
+        )
         receiving.append(stack.enter_context(listener))
         yield listener
 
 
-def _assembled(
+def _assembler(
     stack: ExitStack,
     settings: NodeSettings,
     dispatch: DispatchSettings,
     spool: Spool,
     outbox: Outbox,
     receiving: list[Listener],
-) -> Callable[[SpooledInstance, bytes], None]:
-    """Start the assembler; returns what becomes of an answered instance."""
+) -> Assembler:
+    # They bring highdicom, which takes two seconds that a node without destinations need not wait for.
+    from serve.node.study_record import Drawings  # noqa: PLC0415
+    from serve.node.study_results import StudyResults  # noqa: PLC0415
+
     client = stack.enter_context(service_client(dispatch))
     results = StudyResults(spool, Drawings(client), outbox, settings.delivery.destinations, settings.results)
     assembler = Assembler(
         settings.assembly, spool, results, lambda: {name for listener in receiving for name in listener.receiving()}
     )
-    stack.enter_context(assembler)
+    return stack.enter_context(assembler)
+
+
+def _kept(spool: Spool, assembler: Assembler) -> Callable[[SpooledInstance, bytes], None]:
+    """What becomes of an answered instance."""
 
     def keep(instance: SpooledInstance, answer: bytes) -> None:
         spool.answers.keep(instance.name, answer)

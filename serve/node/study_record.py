@@ -3,6 +3,7 @@
 import json
 from http import HTTPStatus
 from io import BytesIO
+from urllib.parse import quote
 
 import httpx
 import numpy as np
@@ -10,10 +11,14 @@ from PIL import Image
 from pydicom import dcmread
 from pydicom.dataset import Dataset
 
+from cxr_ray.errors import CxrRayError
 from serve.node.assembly import ServiceAwayError
 from serve.node.results.from_service import image_answer
 from serve.node.results.study_answer import ImageAnswer
 from serve.node.spool import Spool
+
+# Whoever asks again is answered alike: the results store is another one, say.
+_LASTING = frozenset({400, 404, 410, 422})
 
 
 def read_image(spool: Spool, name: str) -> ImageAnswer:
@@ -47,7 +52,9 @@ class Drawings:
         Raises
         ------
         ServiceAwayError
-            When the service does not give it.
+            When the service does not give it now.
+        CxrRayError
+            When the service does not have it.
         """
         return np.asarray(self._picture(source, "film.png").convert("L"))
 
@@ -57,16 +64,24 @@ class Drawings:
         Raises
         ------
         ServiceAwayError
-            When the service does not give it.
+            When the service does not give it now.
+        CxrRayError
+            When the service does not have it.
         """
         return np.asarray(self._picture(source, f"heatmap/{finding}.png").convert("RGB"))
 
     def _picture(self, source: Dataset, what: str) -> Image.Image:
-        place = f"/v1/studies/{source.StudyInstanceUID}/instances/{source.SOPInstanceUID}"
+        # A peer chose these: they are names here, and never parts of a path.
+        study, instance = (quote(str(uid), safe="") for uid in (source.StudyInstanceUID, source.SOPInstanceUID))
+        place = f"/v1/studies/{study}/instances/{instance}"
         try:
             answer = self._client.get(f"{place}/{what}")
         except httpx.HTTPError as error:
             raise ServiceAwayError(f"the service cannot be reached ({type(error).__name__})") from error
+        if answer.status_code in _LASTING:
+            raise CxrRayError(
+                f"the service has no picture of this instance ({answer.status_code}); replay it to have it answered anew"
+            )
         if answer.status_code != HTTPStatus.OK:
             raise ServiceAwayError(f"the service answers {answer.status_code} when asked for a picture")
         return Image.open(BytesIO(answer.content))

@@ -136,7 +136,7 @@ def test_a_killed_command_is_submitted_again_and_goes_on_and_a_stopped_one_is_no
     with watched(cluster.command("--retries", "1", *train(dataset, run))) as job:
         job.wait_for(STARTED)
         job.wait_for(f"train: epoch 1/{EPOCHS}")
-        os.kill(cluster.process_with("train", str(run)), signal.SIGKILL)
+        os.kill(cluster.driver_of("train", str(run)), signal.SIGKILL)
         job.wait_for(r"cxr-ray: submitting it again \(1 of 1\)")
         submission_id = job.wait_for("raysubmit_.*")[0]
         job.wait_for(GOING_ON)
@@ -159,7 +159,7 @@ def test_workers_that_no_node_can_hold_fail_the_job_at_once(cluster, dataset, tm
         job.wait_for(f"cxr-ray: job {submission_id} failed with exit code 1; its log is above$")
         assert job.finish() == 1, job.said
     assert not (tmp_path / "run").exists()
-    again = cluster.submit("--submission-id", submission_id, "train")
+    again = cluster.submit("--submission-id", submission_id, "train", "--data", "x", "--out", "y")
     assert (again.returncode, again.stderr.count("\n")) == (1, 1)
     assert submission_id in again.stderr
 

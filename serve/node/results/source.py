@@ -17,6 +17,7 @@ from pydicom.datadict import dictionary_VR
 from pydicom.dataelem import DataElement
 from pydicom.dataset import Dataset
 from pydicom.multival import MultiValue
+from pydicom.sequence import Sequence
 from pydicom.uid import SecondaryCaptureImageStorage
 
 from cxr_ray.dicom_values import text
@@ -46,6 +47,21 @@ def source_text(header: Dataset, keyword: str) -> str:
         return ""
 
 
+def identifier(header: Dataset, keyword: str) -> str:
+    """A value as it stands, whatever its form; "" where it is too long to name anybody."""
+    value = source_text(header, keyword)
+    return value if len(value) <= _LONGEST else ""
+
+
+def first_item(header: Dataset, keyword: str) -> Dataset:
+    """The first item of a sequence; an empty one where there is none."""
+    try:
+        items = header.get(keyword)
+    except Exception:  # noqa: BLE001 - as `source_text`
+        return Dataset()
+    return items[0] if isinstance(items, Sequence) and len(items) else Dataset()
+
+
 def source_class(header: Dataset) -> str:
     """SOP Class UID of the image, from the data set or else from the file meta information.
 
@@ -65,9 +81,9 @@ def put(dataset: Dataset, keyword: str, value: object) -> None:
 def copy_patient_and_study(header: Dataset, result: Dataset) -> None:
     """Take over whose study this is and which."""
     for keyword in _IDENTIFIERS:
-        put(result, keyword, _identifier(header, keyword))
+        put(result, keyword, identifier(header, keyword))
     for keyword in _WHERE_KNOWN:
-        if value := _identifier(header, keyword):
+        if value := identifier(header, keyword):
             put(result, keyword, value)
     put(result, "PatientBirthDate", source_date(header, "PatientBirthDate"))
     put(result, "StudyDate", source_date(header, "StudyDate"))
@@ -172,11 +188,6 @@ def _only(dataset: Dataset, keywords: tuple[str, ...]) -> Dataset:
         if keyword in dataset:
             part.add(dataset[keyword])
     return part
-
-
-def _identifier(header: Dataset, keyword: str) -> str:
-    value = source_text(header, keyword)
-    return value if len(value) <= _LONGEST else ""
 
 
 def _age(header: Dataset) -> str:

@@ -12,7 +12,7 @@ from serve.node.results.report_tree import report_tree
 from serve.node.results.result_object import SeriesWords, image_reference, result_object
 from serve.node.results.result_uids import result_uids
 from serve.node.results.settings import ResultSettings
-from serve.node.results.source import choose_character_set, put, source_class, source_text
+from serve.node.results.source import choose_character_set, first_item, identifier, put, source_class, source_text
 from serve.node.results.study_answer import Predecessor, SrClass, StudyAnswer
 
 SERIES_DESCRIPTION = "AI chest findings (unverified)"
@@ -81,10 +81,10 @@ def _study(uid: str, series: list[Dataset]) -> Dataset:
 def _request(answer: StudyAnswer) -> Dataset | None:
     """The order that the study fulfils, where the images name it (PS3.3 table C.17-2)."""
     header = answer.ordered[0].header
-    accession = source_text(header, "AccessionNumber")
+    accession = identifier(header, "AccessionNumber")
     if not accession:
         return None
-    asked = _requested(header)
+    asked = first_item(header, "RequestAttributesSequence")
     item = Dataset()
     put(item, "StudyInstanceUID", answer.study_instance_uid)
     item.ReferencedStudySequence = Sequence()
@@ -92,11 +92,6 @@ def _request(answer: StudyAnswer) -> Dataset | None:
     for keyword in ("PlacerOrderNumberImagingServiceRequest", "FillerOrderNumberImagingServiceRequest"):
         put(item, keyword, "")
     for keyword in ("RequestedProcedureID", "RequestedProcedureDescription"):
-        put(item, keyword, source_text(asked, keyword))
+        put(item, keyword, identifier(asked, keyword))
     item.RequestedProcedureCodeSequence = Sequence()
     return item
-
-
-def _requested(header: Dataset) -> Dataset:
-    requests = header.get("RequestAttributesSequence")
-    return requests[0] if isinstance(requests, Sequence) and len(requests) else Dataset()
