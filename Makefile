@@ -3,7 +3,7 @@
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
-PEERS := chromium dcmtk default-jre-headless dicom3tools faketime iproute2 openssl orthanc orthanc-dicomweb pixelmed-apps postgresql
+PEERS := chromium dcmtk default-jre-headless dicom3tools faketime iproute2 openssl orthanc orthanc-dicomweb pixelmed-apps postgresql prometheus
 STAMP := $(VENV)/.installed
 export RAY_USAGE_STATS_ENABLED := 0
 
