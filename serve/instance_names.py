@@ -3,19 +3,20 @@
 Read without pixels and without trust: a peer chose these bytes.
 """
 
-import hashlib
 from dataclasses import dataclass
 from io import BytesIO
 from pathlib import Path
 from typing import BinaryIO
 
+from blake3 import blake3
 from pydicom import dcmread
 from pydicom.dataset import Dataset
 
 from cxr_ray.errors import CxrRayError
 
 _LONGEST_UID = 64
-CONTENT_DIGITS = 16
+# 128 bits: nobody makes two data sets that this takes for one.
+CONTENT_DIGITS = 32
 _PREFIX_BYTES = 132
 _IDENTIFIERS = ["StudyInstanceUID", "SeriesInstanceUID", "PatientID", "AccessionNumber", "StudyDate"]
 _UIDS = ("sop_instance_uid", "study_instance_uid", "series_instance_uid")
@@ -71,7 +72,7 @@ def instance_names(file: bytes | Path, name: str = "instance") -> InstanceNames:
 
 
 def content_digest(file: bytes) -> str:
-    """What tells an instance's bytes from others under the same UID, to 64 bits: SHA-256 of the data set.
+    """What tells an instance's bytes from others under the same UID, to 128 bits: BLAKE3 of the data set.
 
     Without the file meta information (PS3.10 section 7.1), which each sender writes anew.
     """
@@ -83,8 +84,11 @@ def content_digest(file: bytes) -> str:
 
 
 def short_digest(data_set: bytes | memoryview) -> str:
-    """SHA-256 of a data set, to 64 bits, in hexadecimal digits."""
-    return hashlib.sha256(data_set).hexdigest()[:CONTENT_DIGITS]
+    """BLAKE3 of a data set, to 128 bits, in hexadecimal digits.
+
+    Every received byte passes it before its sender is answered, and SHA-256 takes as long as the disk.
+    """
+    return blake3(data_set).hexdigest()[:CONTENT_DIGITS]
 
 
 def _plain(data_set: Dataset, keyword: str) -> str | None:

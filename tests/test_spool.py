@@ -14,6 +14,7 @@ from pathlib import Path
 
 import pydicom
 import pytest
+from blake3 import blake3
 from pydicom.dataset import Dataset
 from pydicom.filebase import DicomBytesIO
 from pydicom.filewriter import write_dataset
@@ -56,7 +57,7 @@ def test_stored_instance_is_a_part_10_file_with_the_same_bytes(spool: Spool) -> 
     sent = data_set("1.2.3.4", StudyDate="20260301", AccessionNumber="A1")
     assert spool.store(sent, origin("1.2.3.4")) is Stored.NEW
     (name,) = spool.pending()
-    assert name == f"{hashlib.sha256(b'1.2.3.4').hexdigest()[:32]}-{hashlib.sha256(sent).hexdigest()[:16]}.dcm"
+    assert name == f"{hashlib.sha256(b'1.2.3.4').hexdigest()[:32]}-{blake3(sent).hexdigest()[:32]}.dcm"
     stored = spool.path(name).read_bytes()
     assert stored.endswith(sent)
     meta = pydicom.dcmread(spool.path(name)).file_meta
@@ -72,7 +73,7 @@ def test_stored_instance_is_a_part_10_file_with_the_same_bytes(spool: Spool) -> 
         "1.2.3",
     )
     assert (instance.patient_id, instance.accession_number, instance.study_date) == ("P77", "A1", "20260301")
-    assert instance.content_digest == hashlib.sha256(sent).hexdigest()[:16]
+    assert instance.content_digest == blake3(sent).hexdigest()[:32]
     assert abs(instance.received_at - datetime.now(UTC)) < timedelta(minutes=1)
 
 
@@ -194,7 +195,7 @@ def test_unread_files_are_durable_and_nobody_answers_them(spool: Spool) -> None:
             assert spool.file_unread(arrival, origin("1.2")) is expected
     (name,) = files(spool.root / "filed")
     assert (spool.root / "filed" / name).read_bytes().endswith(sent)
-    assert name.split("-")[1] == f"{hashlib.sha256(sent).hexdigest()[:16]}.dcm"
+    assert name.split("-")[1] == f"{blake3(sent).hexdigest()[:32]}.dcm"
     assert spool.pending() == files(spool.root / "incoming") == []
 
 
@@ -366,7 +367,7 @@ def test_killed_writer_loses_nothing_it_promised(spool: Spool) -> None:
     assert len(again.pending()) in (promised, promised + 1)
     for name in again.pending():
         written = again.path(name).read_bytes()[-800_000:]
-        assert hashlib.sha256(written).hexdigest()[:16] == name[33:49]
+        assert blake3(written).hexdigest()[:32] == name[33:65]
 
 
 def test_same_instance_from_many_threads_is_one(spool: Spool) -> None:

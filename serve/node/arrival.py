@@ -6,13 +6,14 @@ is locked while it is written: another process that opens the spool removes only
 
 import ctypes
 import fcntl
-import hashlib
 import os
 import time
 import uuid
 from pathlib import Path
 from types import TracebackType
 from typing import Self
+
+from blake3 import blake3
 
 from serve.instance_names import CONTENT_DIGITS
 from serve.node.data_set_head import HEAD_BYTES
@@ -43,7 +44,7 @@ class Arrival:
         self.size = 0
         self.sync_seconds = 0.0
         self.head = b""
-        self._hash = hashlib.sha256()
+        self._hash = blake3()
         self._fragments: list[bytes | memoryview] = [file_head]
         self._written = self._written_back = 0
         self._descriptor, self._path = _locked_file(incoming)
@@ -73,7 +74,7 @@ class Arrival:
                 self.head += bytes(fragment[: HEAD_BYTES - len(self.head)])
 
     def digest(self) -> str:
-        """SHA-256 of what was flushed, to 64 bits, as `serve.instance_names.short_digest`."""
+        """BLAKE3 of what was flushed, to 128 bits, as `serve.instance_names.short_digest`."""
         return self._hash.hexdigest()[:CONTENT_DIGITS]
 
     def sync(self) -> None:
