@@ -30,6 +30,16 @@ class Host:
         """The same command, run on this host."""
         return ["ip", "netns", "exec", self.namespace, *command]
 
+    def processes(self) -> list[int]:
+        """All that runs on this host."""
+        done = subprocess.run(  # noqa: S603 - a name of our own
+            ["ip", "netns", "pids", self.namespace],  # noqa: S607
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+        return [int(number) for number in done.stdout.split()]
+
     def cut(self) -> None:
         """Pull the cable: nothing comes or goes until `heal`."""
         _ip("link", "set", self.link, "down")

@@ -13,7 +13,7 @@ import subprocess
 import sys
 import time
 from contextlib import suppress
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import httpx
@@ -27,16 +27,36 @@ _STATE = "cluster.json"
 _SECONDS_TO_START = 120.0
 _RAY = [sys.executable, "-m", "ray.scripts.scripts"]
 _WITHOUT_HOSTS = "127.0.0.1"
+_SECONDS_TO_GIVE_UP = 60.0
+# Ray takes up to a minute to miss a host that is cut off: whoever tries what happens then should not have to wait for it.
+_FASTER = {
+    "RAY_health_check_period_ms": "1000",
+    "RAY_health_check_timeout_ms": "2000",
+    "RAY_grpc_client_keepalive_time_ms": "5000",
+    "RAY_grpc_client_keepalive_timeout_ms": "5000",
+}
+# What the service needs on every node before Ray starts, as kuberay/base/config/serve.env has it; but not its niceness: where
+# several nodes share a machine's CPUs, workers that compute must not keep Ray's own processes from telling that they live.
+SERVE_VARIABLES = {
+    "RAY_SERVE_THROUGHPUT_OPTIMIZED": "1",
+    "RAY_SERVE_ENABLE_HA_PROXY": "0",
+    "RAY_SERVE_ENABLE_DIRECT_INGRESS": "0",
+    "RAY_SERVE_HAPROXY_LOG_TARGET": os.devnull,
+    "RAY_SERVE_DIRECT_INGRESS_MIN_DRAINING_PERIOD_S": "5",
+    "OMP_WAIT_POLICY": "PASSIVE",
+}
 
 
 @dataclass(frozen=True)
 class LocalNode:
-    """A node: the process that all of its processes belong to, and where it is."""
+    """A node: the process that all of its processes belong to, where it is, and what it offers."""
 
     process: int
     started: float
     address: str
     namespace: str | None
+    cpus: int
+    object_store_mb: int
 
 
 @dataclass(frozen=True)
@@ -87,10 +107,11 @@ def up(folder: Path, name: str, nodes: int, cpus: int, object_store_mb: int, sub
         hosts: list[Host | None] = list(network.hosts) if network else [None] * nodes
         address = f"http://{hosts[0].address}:{DASHBOARD_PORT}" if hosts[0] else DEFAULT_ADDRESS
         for number, host in enumerate(hosts):
+            before = _alive(folder, address)
             node = _start(folder, number, host, hosts[0], cpus, object_store_mb)
             started.append(node)
             _write(LocalCluster(folder, address, tuple(started), network))
-            _wait(folder, address, number + 1, node)
+            _wait(folder, address, before, number, node)
     except BaseException:
         take_down(LocalCluster(folder, "", tuple(started), network))
         raise
@@ -117,28 +138,89 @@ def find(folder: Path) -> LocalCluster:
 
 def take_down(cluster: LocalCluster) -> None:
     """End every process of a cluster, and take its network and its folder away."""
-    for node in reversed(cluster.nodes):
-        kill(node)
+    for number in reversed(range(len(cluster.nodes))):
+        kill(cluster, number)
     if cluster.network is not None:
         remove_network(cluster.network)
     shutil.rmtree(cluster.folder, ignore_errors=True)
 
 
-def kill(node: LocalNode) -> None:
-    """End all processes of a node at once, as the loss of a machine does."""
+def alive_nodes(cluster: LocalCluster) -> dict[str, str]:
+    """Nodes that the head knows to be alive, address by id; none while it does not answer."""
+    return _alive(cluster.folder, cluster.address)
+
+
+def host_of(cluster: LocalCluster, number: int) -> Host:
+    """The host of a node.
+
+    Raises
+    ------
+    SubmitError
+        If there is no such node, or it is a plain process.
+    """
+    node = _node(cluster, number)
+    if cluster.network is None or node.namespace is None:
+        raise SubmitError(f"node {number} is a plain process and has no cable; leave --cut out, or start hosts of their own", 2)
+    return cluster.network.hosts[number]
+
+
+def kill(cluster: LocalCluster, number: int) -> None:
+    """End all processes of a node at once, as the loss of a machine does.
+
+    Raises
+    ------
+    SubmitError
+        If there is no such node.
+    """
+    node = _node(cluster, number)
     # The number may have been given to somebody else's process since.
-    if _start_time(node.process) != node.started:
-        return
-    for process in _session(node.process):
+    own = _session(node.process) if _start_time(node.process) == node.started else []
+    # Ray gives a job's command a session of its own.
+    on_host = cluster.network.hosts[number].processes() if cluster.network and node.namespace else []
+    for process in {*own, *on_host}:
         with suppress(ProcessLookupError):
             os.kill(process, signal.SIGKILL)
     with suppress(ChildProcessError):
         os.waitpid(node.process, 0)
 
 
-def alive_nodes(cluster: LocalCluster) -> int:
-    """How many nodes the head knows to be alive; 0 while it does not answer."""
-    return _alive(cluster.folder, cluster.address)
+def restore(cluster: LocalCluster, number: int) -> LocalCluster:
+    """Plug a node's cable in, and start the node again unless it is known to the head and alive.
+
+    A head that is started again has forgotten its nodes: those that are left are ended, and are to be restored after it.
+
+    Raises
+    ------
+    SubmitError
+        If there is no such node, or it does not come up.
+    """
+    node = _node(cluster, number)
+    host, head = (cluster.network.hosts[number], cluster.network.hosts[0]) if cluster.network else (None, None)
+    if host is not None:
+        host.heal()
+    # A node that was given up is told so when it reaches the head again, and ends by itself.
+    deadline = time.monotonic() + _SECONDS_TO_GIVE_UP
+    while _start_time(node.process) == node.started:
+        if node.address in alive_nodes(cluster).values() and cluster.network is not None:
+            return cluster
+        if cluster.network is None or time.monotonic() > deadline:
+            raise SubmitError(f"node {number} at {node.address} runs; 'cxr-ray cluster lose {number}' ends it")
+        time.sleep(0.5)
+    # What is left of the old cluster; Ray takes it for a head that runs already, as it sees all processes of the machine.
+    for lost in range(len(cluster.nodes)) if number == 0 else (number,):
+        kill(cluster, lost)
+    before = alive_nodes(cluster)
+    again = _start(cluster.folder, number, host, head, node.cpus, node.object_store_mb)
+    cluster = replace(cluster, nodes=(*cluster.nodes[:number], again, *cluster.nodes[number + 1 :]))
+    _write(cluster)
+    _wait(cluster.folder, cluster.address, before, number, again)
+    return cluster
+
+
+def _node(cluster: LocalCluster, number: int) -> LocalNode:
+    if not 0 <= number < len(cluster.nodes):
+        raise SubmitError(f"node {number}: there are nodes 0 (the head) to {len(cluster.nodes) - 1}", 2)
+    return cluster.nodes[number]
 
 
 def _start(folder: Path, number: int, host: Host | None, head: Host | None, cpus: int, object_store_mb: int) -> LocalNode:
@@ -153,7 +235,7 @@ def _start(folder: Path, number: int, host: Host | None, head: Host | None, cpus
         command += ["--address", f"{head.address if head else _WITHOUT_HOSTS}:{GCS_PORT}"]
         # On one host the agents of several nodes would want the same port.
         command += [] if host else ["--dashboard-agent-listen-port", str(52365 + number)]
-    with (folder / f"node-{number}.log").open("wb") as log:
+    with (folder / f"node-{number}.log").open("ab") as log:
         process = subprocess.Popen(  # noqa: S603 - Ray's own command
             host.command(command) if host else command,
             env=_environment(folder, number),
@@ -163,13 +245,16 @@ def _start(folder: Path, number: int, host: Host | None, head: Host | None, cpus
             stderr=subprocess.STDOUT,
             start_new_session=True,
         )
-    return LocalNode(process.pid, _start_time(process.pid) or 0.0, address, host.namespace if host else None)
+    namespace = host.namespace if host else None
+    return LocalNode(process.pid, _start_time(process.pid) or 0.0, address, namespace, cpus, object_store_mb)
 
 
 def _environment(folder: Path, number: int) -> dict[str, str]:
     temporary = folder / str(number)
-    temporary.mkdir()
+    temporary.mkdir(exist_ok=True)
     return {name: value for name, value in os.environ.items() if not name.startswith("RAY_")} | {
+        **_FASTER,
+        **SERVE_VARIABLES,
         "RAY_AUTH_MODE": "token",
         "RAY_AUTH_TOKEN_PATH": str(folder / "token"),
         "RAY_TMPDIR": str(temporary),
@@ -179,21 +264,23 @@ def _environment(folder: Path, number: int) -> dict[str, str]:
     }
 
 
-def _wait(folder: Path, address: str, nodes: int, node: LocalNode) -> None:
+def _wait(folder: Path, address: str, before: dict[str, str], number: int, node: LocalNode) -> None:
+    """Until the head knows a node that it did not know before."""
     deadline = time.monotonic() + _SECONDS_TO_START
-    while _alive(folder, address) < nodes:
+    while not _alive(folder, address).keys() - before.keys():
         if _start_time(node.process) != node.started or time.monotonic() > deadline:
-            log = (folder / f"node-{nodes - 1}.log").read_text(errors="replace").strip().splitlines()
-            raise SubmitError(f"node {nodes - 1} at {node.address} did not start: {' '.join(log[-3:])}")
+            log = (folder / f"node-{number}.log").read_text(errors="replace").strip().splitlines()
+            raise SubmitError(f"node {number} at {node.address} did not start: {' '.join(log[-3:])}")
         time.sleep(0.3)
 
 
-def _alive(folder: Path, address: str) -> int:
+def _alive(folder: Path, address: str) -> dict[str, str]:
     headers = {"Authorization": f"Bearer {(folder / 'token').read_text()}"}
     with suppress(httpx.HTTPError, KeyError, ValueError, TypeError):
         answer = httpx.get(f"{address}/api/v0/nodes", headers=headers, timeout=5, trust_env=False).json()
-        return sum(node["state"] == "ALIVE" for node in answer["data"]["result"]["result"])
-    return 0
+        nodes = answer["data"]["result"]["result"]
+        return {node["node_id"]: node["node_ip"] for node in nodes if node["state"] == "ALIVE"}
+    return {}
 
 
 def _write(cluster: LocalCluster) -> None:

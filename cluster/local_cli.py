@@ -8,10 +8,12 @@ import typer
 
 from cluster.errors import SubmitError
 from cluster.hosts import permitted
-from cluster.local import LocalCluster, alive_nodes, default_folder, find, take_down, up
+from cluster.local import LocalCluster, alive_nodes, default_folder, find, host_of, kill, restore, take_down, up
 
 Name = Annotated[str, typer.Option(help="Name of the cluster, 1 to 8 letters and digits.")]
 Folder = Annotated[Path | None, typer.Option(help="Where it is kept; the path should be short [/tmp/cxr-ray-NAME-UID].")]
+
+Number = Annotated[int, typer.Argument(metavar="NODE", help="Number of the node; 0 is the head.")]
 
 local = typer.Typer(
     help="A Ray cluster of several nodes on this machine, for development.",
@@ -53,6 +55,34 @@ def show(name: Name = "dev", folder: Folder = None) -> None:
         raise _failed(error) from None
 
 
+@local.command("lose")
+def lose_node(
+    number: Number,
+    cut: Annotated[bool, typer.Option("--cut", help="Pull its network cable; its processes go on.")] = False,
+    name: Name = "dev",
+    folder: Folder = None,
+) -> None:
+    """End all processes of a node at once, to see what its loss does to a job."""
+    try:
+        cluster = find(folder or default_folder(name))
+        if cut:
+            host_of(cluster, number).cut()
+        else:
+            kill(cluster, number)
+    except SubmitError as error:
+        raise _failed(error) from None
+    _say(f"node {number} is {'cut off' if cut else 'lost'}; 'cxr-ray cluster restore {number}' brings it back")
+
+
+@local.command("restore")
+def restore_node(number: Number, name: Name = "dev", folder: Folder = None) -> None:
+    """Bring a node back that was lost or cut off."""
+    try:
+        _show(restore(find(folder or default_folder(name)), number))
+    except SubmitError as error:
+        raise _failed(error) from None
+
+
 @local.command("down")
 def end(name: Name = "dev", folder: Folder = None) -> None:
     """End all nodes, and take away their hosts, logs and token."""
@@ -65,7 +95,8 @@ def end(name: Name = "dev", folder: Folder = None) -> None:
 
 
 def _show(cluster: LocalCluster) -> None:
-    _say(f"{alive_nodes(cluster)} of {len(cluster.nodes)} nodes alive, dashboard {cluster.address}, token {cluster.token_file}")
+    alive = len(alive_nodes(cluster))
+    _say(f"{alive} of {len(cluster.nodes)} nodes alive, dashboard {cluster.address}, token {cluster.token_file}")
     for number, node in enumerate(cluster.nodes):
         where = f"host {node.namespace}" if node.namespace else "a plain process"
         _say(f"  {'head' if number == 0 else 'node'} {node.address} ({where}), log {cluster.folder}/node-{number}.log")

@@ -8,17 +8,22 @@ import subprocess
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import pytest
 from postgres import postgres_server, postgres_url
 
 from cxr_ray.ray_session import ray_session
 
+if TYPE_CHECKING:
+    from host_site import Account
+
 __all__ = ["postgres_server", "postgres_url"]
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 SIZE = 64
 PHANTOM_EPOCHS = 4
+_ACCOUNT = pytest.StashKey["Account"]()
 # Not PATH: pynetdicom and others install programs of DCMTK's names beside Python.
 _SYSTEM_FOLDERS = "/usr/bin:/usr/sbin"
 
@@ -91,6 +96,22 @@ def free_port() -> Callable[[], int]:
                 return found
 
     return port
+
+
+@pytest.fixture(scope="session")
+def account(request: pytest.FixtureRequest) -> "Account":
+    """What was done to hosts and what came of it; printed at the end."""
+    from host_site import Account
+
+    return request.config.stash.setdefault(_ACCOUNT, Account())
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+    """The account as Markdown, for docs/reliability.md."""
+    if kept := terminalreporter.config.stash.get(_ACCOUNT, None):
+        terminalreporter.section("hosts that were cut off, killed and drained")
+        for line in kept.lines():
+            terminalreporter.write_line(line)
 
 
 @pytest.fixture(params=["sqlite", "postgresql"])

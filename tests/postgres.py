@@ -7,6 +7,7 @@ import subprocess
 import tempfile
 import time
 from collections.abc import Iterator
+from contextlib import contextmanager
 from itertools import count
 from pathlib import Path
 
@@ -29,6 +30,13 @@ def _as_owner() -> dict[str, object]:
 @pytest.fixture(scope="session")
 def postgres_server() -> Iterator[Path]:
     """The folder with the server's socket."""
+    with running_postgres() as folder:
+        yield folder
+
+
+@contextmanager
+def running_postgres(address: str = "", port: int = 5432, clients: str | None = None) -> Iterator[Path]:
+    """A server on a socket in the folder that is yielded, and on an address, where a network of clients is let in."""
     from conftest import require_program
 
     initdb, server = require_program("initdb", _FOLDERS), require_program("postgres", _FOLDERS)
@@ -37,27 +45,19 @@ def postgres_server() -> Iterator[Path]:
     try:
         if os.geteuid() == 0:
             shutil.chown(folder, _USER, _USER)
-        command = [
-            initdb,
-            "--pgdata",
-            folder / "data",
-            "--username",
-            _USER,
-            "--auth",
-            "trust",
-            "--encoding",
-            "UTF8",
-            "--no-sync",
-        ]
-        subprocess.run(command, check=True, stdout=subprocess.DEVNULL, cwd=folder, **_as_owner())
-        settings = {**_SETTINGS, "unix_socket_directories": folder}
+        made = [initdb, "--pgdata", folder / "data", "--username", _USER, "--auth", "trust", "--encoding", "UTF8", "--no-sync"]
+        subprocess.run(made, check=True, stdout=subprocess.DEVNULL, cwd=folder, **_as_owner())
+        if clients:
+            with (folder / "data" / "pg_hba.conf").open("a") as rules:
+                rules.write(f"host all {_USER} {clients} trust\n")
+        settings = {**_SETTINGS, "unix_socket_directories": folder, "listen_addresses": address, "port": port}
         options = [part for name, value in settings.items() for part in ("-c", f"{name}={value}")]
         with (folder / "log").open("wb") as log:
             process = subprocess.Popen(
                 [server, "-D", folder / "data", *options], stdout=log, stderr=log, cwd=folder, **_as_owner()
             )
         try:
-            _wait_until_it_answers(folder, process)
+            _wait_until_it_answers(folder, port, process)
             yield folder
         finally:
             # The "fast" shutdown, which waits for nobody.
@@ -78,15 +78,15 @@ def postgres_url(postgres_server: Path) -> Iterator[str]:
         server.execute(f"DROP DATABASE {name} WITH (FORCE)")
 
 
-def _connect(folder: Path) -> psycopg.Connection:
-    return psycopg.connect(host=str(folder), user=_USER, dbname="postgres", autocommit=True)
+def _connect(folder: Path, port: int = 5432) -> psycopg.Connection:
+    return psycopg.connect(host=str(folder), port=port, user=_USER, dbname="postgres", autocommit=True)
 
 
-def _wait_until_it_answers(folder: Path, process: subprocess.Popen[bytes]) -> None:
+def _wait_until_it_answers(folder: Path, port: int, process: subprocess.Popen[bytes]) -> None:
     deadline = time.monotonic() + 60
     while True:
         try:
-            return _connect(folder).close()
+            return _connect(folder, port).close()
         except psycopg.OperationalError:
             if process.poll() is not None or time.monotonic() > deadline:
                 pytest.fail(f"PostgreSQL does not start: {(folder / 'log').read_text()[-1000:]}")

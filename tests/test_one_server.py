@@ -28,6 +28,7 @@ from manifests import (
 from orthanc import running_orthanc
 
 from cluster.connection import DEFAULT_ADDRESS
+from cluster.local import DASHBOARD_PORT, GCS_PORT, SERVE_VARIABLES
 from cxr_ray.settings import load_settings
 from serve.deployment import serve_config
 from serve.node.destinations import DicomDestination
@@ -105,6 +106,16 @@ def test_only_the_dicom_port_can_be_reached_from_elsewhere(compose: Document) ->
     text = COMPOSE.read_text()
     assert '"${CXR_RAY_DICOM_ADDRESS:-127.0.0.1}:11112:11112"' in text
     assert VARIABLES["CXR_RAY_DICOM_ADDRESS"] == "127.0.0.1"
+
+
+def test_the_development_cluster_has_the_environment_of_the_others_but_for_its_niceness() -> None:
+    lines = (KUBERAY / "base/config/serve.env").read_text().splitlines()
+    everywhere = dict(line.split("=") for line in lines if "=" in line)
+    del everywhere["RAY_worker_niceness"]
+    assert everywhere == SERVE_VARIABLES
+    head = COMPOSE.read_text()
+    assert f"--port={GCS_PORT}" in head
+    assert f"--dashboard-port={DASHBOARD_PORT}" in head
 
 
 def test_ports_names_and_environment_are_those_of_kubernetes(compose: Document) -> None:

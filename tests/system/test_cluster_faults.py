@@ -14,7 +14,7 @@ from cxr_ray.train_state import STATE
 from ingest.phantom import simulate_patients
 from ingest.phantom_release import write_tables
 
-pytestmark = [pytest.mark.system, pytest.mark.timeout(900)]
+pytestmark = [pytest.mark.system, pytest.mark.cluster, pytest.mark.timeout(900)]
 
 HEAD_CPUS = 3
 GOING_ON = r"train: going on from the checkpoint after epoch (\d+), (\d+) workers \(processes ([\d, ]+)\)"

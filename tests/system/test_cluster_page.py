@@ -13,7 +13,7 @@ from conftest import REPOSITORY
 from cluster.hosts import permitted
 from cluster.local import default_folder, find, take_down
 
-pytestmark = [pytest.mark.system, pytest.mark.timeout(900)]
+pytestmark = [pytest.mark.system, pytest.mark.cluster, pytest.mark.timeout(900)]
 
 PAGE = REPOSITORY / "docs" / "cluster.md"
 

@@ -16,7 +16,7 @@ from pathlib import Path
 import pytest
 from local_cluster import LocalCluster, watched
 
-pytestmark = [pytest.mark.system, pytest.mark.timeout(900)]
+pytestmark = [pytest.mark.system, pytest.mark.cluster, pytest.mark.timeout(900)]
 
 # An epoch is over in less time than a line of the log takes to get here: several go by before a kill strikes.
 EPOCHS = 12
