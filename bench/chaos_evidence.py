@@ -114,7 +114,7 @@ def _leftover_files(site: Site) -> Iterator[str]:
     for folder in ("incoming", "waiting"):
         yield from (f"{path.relative_to(spool)} in the spool" for path in (spool / "outbox").glob(f"*/{folder}/*"))
     yield from (f"{path.relative_to(spool)} in the spool" for path in spool.rglob(".*"))
-    yield from (f"studies/{path.name} in the spool" for path in (spool / "studies").glob("*.plan.json"))
+    yield from (f"plans/{path.name} in the spool" for path in (spool / "plans").glob("*.json"))
     for folder in ("done", "dead", "conflicts"):
         for path in (spool / folder).iterdir():
             partner = path.name.removesuffix(".json") if path.name.endswith(".json") else f"{path.name}.json"

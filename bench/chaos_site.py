@@ -155,7 +155,7 @@ class Site:
 
     def planned(self) -> int:
         """Revisions that are being made."""
-        return sum(1 for _ in (self.spool / "studies").glob("*.plan.json"))
+        return sum(1 for _ in (self.spool / "plans").glob("*.json"))
 
     def _service(self) -> Child:
         options = ["--bundle", str(self._bundle), "--store", self.store.url, "--port", str(self.http_port)]

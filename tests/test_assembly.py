@@ -1,6 +1,9 @@
 """Studies gathered from answered instances: when they are complete, what a late image makes, and what a crash cannot change."""
 
+import subprocess
+import sys
 import threading
+import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from dataclasses import dataclass, field
@@ -50,8 +53,8 @@ def spool(tmp_path: Path) -> Spool:
 def assemble(spool: Spool) -> Iterator[Callable[..., Assembler]]:
     with ExitStack() as stack:
 
-        def start(maker: Maker, settings: AssemblySettings = QUICK, receiving: Callable[[], set[str]] = set) -> Assembler:
-            return stack.enter_context(Assembler(settings, spool, maker, receiving))
+        def start(maker: Maker, settings: AssemblySettings = QUICK) -> Assembler:
+            return stack.enter_context(Assembler(settings, spool, maker))
 
         yield start
 
@@ -88,7 +91,7 @@ def test_a_study_is_handed_over_once_it_is_quiet_and_its_images_are_done(spool, 
     ((digest, plan, predecessors),) = maker.handed
     assert (digest, plan.revision, sorted(plan.instances), predecessors) == (study_digest(study), 1, names, {})
     assert [spool.answers.answer(name) for name in names] == [b"{}", b"{}"]
-    assert StudyLedger(spool.root).planned() == {}
+    assert StudyLedger(spool.root).planned() == set()
 
 
 def test_studies_do_not_mix(spool, assemble):
@@ -112,7 +115,7 @@ def test_a_late_image_makes_a_revision_of_the_whole_study_that_names_its_predece
     assert len(maker.handed) == 2
 
 
-def test_what_was_swept_is_missing_from_a_late_revision(spool, assemble):
+def test_what_was_swept_is_missing_from_a_late_revision_which_then_takes_nothing_over(spool, assemble):
     study, maker = generate_uid(), Maker()
     first = answered(spool, study)
     assemble(maker)
@@ -121,14 +124,14 @@ def test_what_was_swept_is_missing_from_a_late_revision(spool, assemble):
     assert not list(spool.root.glob(f"done/{first}*"))
     late = answered(spool, study)
     until(lambda: len(maker.handed) == 2)
-    assert maker.handed[1][1] == Plan(revision=2, instances=(late,))
+    assert maker.handed[1][1:] == (Plan(revision=2, instances=(late,)), {})
 
 
 def test_a_study_waits_for_its_unanswered_images_and_its_open_associations(spool, assemble):
-    study, maker, open_names = generate_uid(), Maker(), set()
+    study, maker, sender = generate_uid(), Maker(), spool.senders.begin()
     first, second = answered(spool, study), received(spool, study)
-    open_names.add(first)
-    assemble(maker, receiving=lambda: open_names)
+    sender.add(first)
+    assemble(maker)
     other = answered(spool, generate_uid())
     until(lambda: folder(spool, other) == "done")
     assert len(maker.handed) == 1
@@ -136,7 +139,7 @@ def test_a_study_waits_for_its_unanswered_images_and_its_open_associations(spool
     another = answered(spool, generate_uid())
     until(lambda: folder(spool, another) == "done")
     assert len(maker.handed) == 2
-    open_names.clear()
+    sender.close()
     until(lambda: len(maker.handed) == 3)
     assert set(maker.handed[2][1].instances) == {first, second}
 
@@ -144,7 +147,7 @@ def test_a_study_waits_for_its_unanswered_images_and_its_open_associations(spool
 def test_nothing_holds_a_study_longer_than_the_longest_wait(spool, assemble):
     study, maker = generate_uid(), Maker()
     first, stuck = answered(spool, study), received(spool, study)
-    assemble(maker, AssemblySettings(quiet_seconds=0.05, longest_wait_seconds=0.4), lambda: {first})
+    assemble(maker, AssemblySettings(quiet_seconds=0.05, longest_wait_seconds=0.4))
     until(lambda: folder(spool, first) == "done")
     assert maker.handed[0][1].instances == (first,)
     assert folder(spool, stuck) == "ready"
@@ -205,7 +208,87 @@ def test_what_was_recorded_before_a_crash_is_not_handed_over_again(spool, assemb
     assemble(maker)
     until(lambda: {folder(spool, name) for name in names} == {"done"})
     assert maker.asked == 0
-    assert ledger.planned() == {}
+    assert ledger.planned() == set()
+
+
+def test_a_film_that_a_plan_names_is_not_swept(spool, assemble):
+    study = generate_uid()
+    old, late = answered(spool, study), answered(spool, study)
+    spool.answers.settle(old)
+    ledger = StudyLedger(spool.root)
+    ledger.plan(study_digest(study), Plan(revision=2, instances=(old, late)))
+    assert spool.sweep(-1, needed=frozenset(ledger.needed())) == 0
+    maker = Maker()
+    assemble(maker)
+    until(lambda: folder(spool, late) == "done")
+    assert maker.handed[0][1].instances == (old, late)
+    assert ledger.needed() == set()
+    assert spool.sweep(-1, needed=frozenset(ledger.needed())) == 2
+
+
+def test_a_plan_whose_film_is_gone_ends_in_dead_letters_and_not_in_waiting(spool, assemble):
+    study = generate_uid()
+    late = answered(spool, study)
+    ledger = StudyLedger(spool.root)
+    ledger.plan(study_digest(study), Plan(revision=2, instances=("gone", late)))
+    maker = Maker(failing=[FileNotFoundError(2, "No such file or directory")] * QUICK.attempts)
+    assemble(maker)
+    until(lambda: folder(spool, late) == "dead")
+    assert ledger.planned() == set()
+    spool.replay(late)
+    spool.answers.keep(late, b"{}")
+    until(lambda: folder(spool, late) == "done")
+    assert maker.handed[0][1].instances == (late,)
+
+
+@pytest.mark.parametrize("torn", ["plans", "studies"])
+def test_what_is_told_of_a_study_and_cannot_be_read_holds_up_no_other(spool, assemble, torn):
+    study = generate_uid()
+    name = answered(spool, study)
+    StudyLedger(spool.root)
+    (spool.root / torn / f"{study_digest(study)}.json").write_text('{"revision": 1, "of": "a later version"}')
+    maker = Maker()
+    assemble(maker)
+    other = answered(spool, generate_uid())
+    until(lambda: folder(spool, other) == "done")
+    until(lambda: folder(spool, name) == "dead")
+    (letter,) = spool.dead_letters()
+    assert "cannot be made (ValidationError)" in letter.reason
+
+
+def test_what_was_sent_of_a_study_is_forgotten_after_its_time(spool, assemble):
+    study, maker = generate_uid(), Maker()
+    first = answered(spool, study)
+    assemble(maker)
+    until(lambda: folder(spool, first) == "done")
+    ledger = StudyLedger(spool.root)
+    assert ledger.forget(60) == 0
+    assert ledger.forget(-1) == 1
+    assert ledger.last(study_digest(study)) is None
+
+
+def test_an_association_of_another_process_is_waited_for_and_ends_with_it(spool, assemble):
+    """A listener that shares the spool has an association open; then it is killed."""
+    study, maker = generate_uid(), Maker()
+    name = received(spool, study)
+    program = (
+        "import sys, time; from pathlib import Path; from serve.node.spool import Spool\n"
+        "sender = Spool(Path(sys.argv[1])).senders.begin(); sender.add(sys.argv[2]); print('open', flush=True); time.sleep(100)"
+    )
+    other = subprocess.Popen([sys.executable, "-c", program, spool.root, name], stdout=subprocess.PIPE, text=True)
+    try:
+        assert other.stdout.readline() == "open\n"
+        spool.answers.keep(name, b"{}")
+        assemble(maker)
+        beside = answered(spool, generate_uid())
+        until(lambda: folder(spool, beside) == "done")
+        time.sleep(4 * QUICK.quiet_seconds)
+        assert folder(spool, name) == "answered"
+    finally:
+        other.kill()
+        other.wait()
+    until(lambda: folder(spool, name) == "done")
+    assert list((spool.root / "receiving").iterdir()) == []
 
 
 def test_one_assembler_works_and_the_next_takes_over(spool, assemble):

@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
@@ -153,6 +154,23 @@ def test_same_uid_with_other_bytes_is_kept_beside(spool: Spool) -> None:
     assert Spool(spool.root).store(data_set("1.2.3.4", PatientID="P79"), origin("1.2.3.4")) is Stored.CONFLICT
 
 
+def test_what_a_person_was_to_decide_about_stays_for_its_time(spool: Spool) -> None:
+    for uid in ("1.2.3.4", "1.2.3.5"):
+        spool.store(data_set(uid), origin(uid))
+    first, second = spool.pending()
+    spool.dead(first, reason="lateral view", status=422, attempts=1, instance=spool.read(first))
+    spool.store(data_set("1.2.3.5", PatientID="P78"), origin("1.2.3.5"))
+    (conflict,) = spool.conflicts()
+    # Since its reason was written, and not since it came.
+    os.utime(spool.root / "dead" / first, (1000, 1000))
+    assert [spool.sweep_aside(folder, 60) for folder in ("dead", "conflicts", "filed")] == [0, 0, 0]
+    for path in (spool.root / "dead" / f"{first}.json", spool.root / "conflicts" / f"{conflict.name}.json"):
+        os.utime(path, (1000, 1000))
+    assert [spool.sweep_aside(folder, 60) for folder in ("dead", "conflicts", "filed")] == [1, 1, 0]
+    assert (spool.dead_letters(), spool.conflicts(), spool.pending()) == ([], [], [second])
+    assert spool.store(data_set("1.2.3.4", PatientID="P79"), origin("1.2.3.4")) is Stored.NEW
+
+
 def test_uid_is_free_again_when_its_file_is_gone(spool: Spool) -> None:
     spool.store(data_set("1.2.3.4"), origin("1.2.3.4"))
     spool.done(spool.pending()[0])
@@ -168,6 +186,43 @@ def test_uid_is_free_again_when_its_file_is_gone(spool: Spool) -> None:
     (spool.root / "ready" / spool.pending()[0]).unlink()
     Spool(spool.root)
     assert files(spool.root / "known") == []
+
+
+def test_a_claim_whose_writer_was_killed_promises_nothing_to_another_content(spool: Spool) -> None:
+    """Until it cannot be that of a writer any more: then the next one has it."""
+    spool.store(data_set("1.2.3.4"), origin("1.2.3.4"))
+    (spool.root / "ready" / spool.pending()[0]).unlink()
+    with pytest.raises(BlockingIOError, match="being written"):
+        spool.store(data_set("1.2.3.4", PatientID="P78"), origin("1.2.3.4"))
+    assert (spool.pending(), spool.conflicts(), files(spool.root / "incoming")) == ([], [], [])
+    assert spool.store(data_set("1.2.3.4"), origin("1.2.3.4")) is Stored.NEW
+
+
+def test_a_claim_is_let_go_when_its_file_gets_no_name(spool: Spool, monkeypatch) -> None:
+    def full(_arrival: object, _target: Path) -> None:
+        raise OSError(28, "No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr("serve.node.arrival.Arrival.rename", full)
+        with pytest.raises(OSError, match="No space"):
+            spool.store(data_set("1.2.3.4"), origin("1.2.3.4"))
+    assert files(spool.root / "known") == []
+    assert spool.store(data_set("1.2.3.4", PatientID="P78"), origin("1.2.3.4")) is Stored.NEW
+
+
+def test_one_of_many_takes_over_a_claim_that_binds_nobody(spool: Spool) -> None:
+    for turn in range(20):
+        uid = f"1.2.3.{turn}"
+        spool.store(data_set(uid), origin(uid))
+        for name in spool.pending():
+            (spool.root / "ready" / name).unlink()
+        for claim in (spool.root / "known").iterdir():
+            os.utime(claim, (1000, 1000), follow_symlinks=False)
+        contents = [data_set(uid, PatientID=f"P{number}") for number in range(4)]
+        with ThreadPoolExecutor(4) as pool:
+            told = list(pool.map(lambda content, uid=uid: spool.store(content, origin(uid)), contents))
+        assert Counter(told) == {Stored.NEW: 1, Stored.CONFLICT: 3}
+        assert len(spool.pending()) == 1
 
 
 def test_claims_are_made_anew_from_the_files(spool: Spool) -> None:

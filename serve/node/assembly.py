@@ -10,12 +10,11 @@ import contextlib
 import logging
 import threading
 import time
-from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import Protocol, Self
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from cxr_ray.errors import CxrRayError
 from serve.node.durable import alone
@@ -88,19 +87,10 @@ class Assembler:
         Where answered instances lie.
     maker : ResultMaker
         Makes and hands over what is sent.
-    receiving : callable, optional
-        Names of the instances whose associations are still open.
     """
 
-    def __init__(
-        self,
-        settings: AssemblySettings,
-        spool: Spool,
-        maker: ResultMaker,
-        receiving: Callable[[], Iterable[str]] | None = None,
-    ) -> None:
+    def __init__(self, settings: AssemblySettings, spool: Spool, maker: ResultMaker) -> None:
         self._settings, self._spool, self._maker = settings, spool, maker
-        self._receiving = receiving or (lambda: ())
         self._ledger = StudyLedger(spool.root)
         self._studies: dict[str, _Study] = {}
         self._study_of: dict[str, str] = {}
@@ -143,6 +133,10 @@ class Assembler:
                 except OSError as error:
                     _log.error("answered instances cannot be listed: %s", error.strerror)
                     due = []
+                # Whatever else it is must not end the thread unseen: peers go on being told that all is well.
+                except Exception as error:  # noqa: BLE001
+                    _log.error("answered instances cannot be looked through (%s)", type(error).__name__, exc_info=error)
+                    due = []
                 for study in due:
                     workers.submit(self._work, study)
                 self._wake.wait(self._pause())
@@ -152,7 +146,7 @@ class Assembler:
         now = time.monotonic()
         planned = self._ledger.planned()
         self._look(now)
-        pending, receiving = self._spool.pending(), set(self._receiving())
+        pending, receiving = self._spool.pending(), self._spool.senders.names()
         waiting = {self._study(name) for name in pending}
         arriving = {self._study(name) for name in receiving}
         with self._guard:
@@ -218,6 +212,8 @@ class Assembler:
             self._issue(study)
         except ServiceAwayError as away:
             self._wait(study, str(away))
+        except FileNotFoundError as error:
+            self._fail(study, error)
         except OSError as error:
             self._wait(study, f"disk: {error.strerror}")
         # Whatever else it is must not end the thread unseen, nor lose the study.
@@ -230,7 +226,7 @@ class Assembler:
 
     def _issue(self, study: str) -> None:
         last = self._ledger.last(study)
-        plan = self._ledger.planned().get(study)
+        plan = self._ledger.under_way(study)
         issued = set(last.instances) if last else set()
         if plan is not None and last is not None and plan.revision <= last.revision:
             # Killed between the record of an issue and the end of its plan.
@@ -243,7 +239,9 @@ class Assembler:
             plan = Plan(revision=last.revision + 1 if last else 1, instances=(*earlier, *sorted(new)))
             self._ledger.plan(study, plan)
         if plan is not None:
-            results = self._maker.hand_over(study, plan, last.results if last else {})
+            # A document names as predecessor what it takes over: after a film was swept, that is not the whole any more.
+            predecessors = last.results if last and issued <= set(plan.instances) else {}
+            results = self._maker.hand_over(study, plan, predecessors)
             self._ledger.issue(study, Issue(revision=plan.revision, instances=plan.instances, results=results))
             issued |= set(plan.instances)
             _log.info("study %s: results of %d images handed over, revision %d", study, len(plan.instances), plan.revision)
@@ -291,7 +289,10 @@ class Assembler:
             _log.error("study %s: results cannot be made (%s)", study, kind, exc_info=error)
             self._wait(study, f"{kind} while making the results")
             return
-        last = self._ledger.last(study)
+        # What is told of the study may be what cannot be read.
+        last = None
+        with contextlib.suppress(OSError, ValidationError):
+            last = self._ledger.last(study)
         with self._guard:
             given_up = sorted(self._studies.pop(study).names - set(last.instances if last else ()))
         self._ledger.abandon(study)

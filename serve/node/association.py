@@ -88,10 +88,20 @@ class Association:
         Who answers messages.
     admission : Admission
         Whether it may begin.
+    on_stored : callable, optional
+        Called with the spool's name of each instance that the peer newly stored.
     """
 
-    def __init__(self, connection: Connection, settings: ListenerSettings, services: Services, admission: Admission) -> None:
+    def __init__(
+        self,
+        connection: Connection,
+        settings: ListenerSettings,
+        services: Services,
+        admission: Admission,
+        on_stored: Callable[[str], None] | None = None,
+    ) -> None:
         self.peer = Peer("", connection.address, connection.uri)
+        self._on_stored = on_stored
         self.established = False
         self.broken = ""
         self._connection = connection
@@ -137,7 +147,8 @@ class Association:
         if kind == PduType.ABORT:
             return Outcome.NEVER_ASKED
         request = pdu.decode_associate_request(body)
-        self.peer = Peer(request.calling_ae, self._connection.address, self._connection.uri, request.called_ae)
+        connection = self._connection
+        self.peer = Peer(request.calling_ae, connection.address, connection.uri, request.called_ae, on_stored=self._on_stored)
         if rejection := self._rejection(request):
             self._connection.send(pdu.encode_reject(rejection), self._settings.dimse_timeout_seconds)
             return {

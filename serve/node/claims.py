@@ -6,7 +6,10 @@ without harm, and a claim whose file is gone binds nobody.
 """
 
 import contextlib
+import errno
+import fcntl
 import logging
+import os
 import time
 import uuid
 from collections.abc import Sequence
@@ -14,6 +17,9 @@ from pathlib import Path
 
 # A claim without a file is one that is about to get it, or one that a crash left; nothing in between takes this long.
 _CLAIM_SECONDS = 10.0
+_LOOK_SECONDS = 0.05
+# That an honest writer needs between its claim and its name; a peer waits for its answer meanwhile.
+_PATIENCE_SECONDS = 2.0
 
 _log = logging.getLogger(__name__)
 
@@ -31,6 +37,7 @@ class Claims:
 
     def __init__(self, folder: Path, holding: Sequence[Path]) -> None:
         self._folder = folder
+        self._lock = folder.with_name("claims.lock")
         self._holding = tuple(holding)
 
     def take(self, name: str) -> str:
@@ -39,10 +46,12 @@ class Claims:
         Raises
         ------
         OSError
-            When the link cannot be made.
+            When the link cannot be made; BlockingIOError when another content has claimed the UID and is not there: its writer
+            is at work, or was killed. Which of the two, time tells: the same again a little later finds out.
         """
         subject, content = _parts(name)
         link = self._folder / subject
+        patience = time.monotonic() + _PATIENCE_SECONDS
         while True:
             with contextlib.suppress(FileExistsError):
                 link.symlink_to(content)
@@ -51,14 +60,15 @@ class Claims:
                 first, claimed = f"{subject}-{link.readlink()}.dcm", link.lstat().st_mtime
             except FileNotFoundError:
                 continue
-            held = any((folder / first).exists() for folder in self._holding)
-            if first == name or held or abs(time.time() - claimed) < _CLAIM_SECONDS:
+            if first == name or self._is_held(first):
                 return first
-            _log.info("%s: takes the place of %s, which is gone", name, first)
-            temporary = self._folder / f".{uuid.uuid4().hex}"
-            temporary.symlink_to(content)
-            temporary.replace(link)
-            return name
+            if abs(time.time() - claimed) >= _CLAIM_SECONDS:
+                if self._replace(link, first, content):
+                    _log.info("%s: takes the place of %s, which is gone", name, first)
+                    return name
+            elif time.monotonic() > patience:
+                raise BlockingIOError(errno.EAGAIN, "another data set of this instance is being written")
+            time.sleep(_LOOK_SECONDS)
 
     def forget(self, name: str) -> None:
         """Give the UID free that `name` has."""
@@ -66,6 +76,24 @@ class Claims:
         with contextlib.suppress(OSError):
             if str((self._folder / subject).readlink()) == content:
                 (self._folder / subject).unlink()
+
+    def _is_held(self, name: str) -> bool:
+        return any((folder / name).exists() for folder in self._holding)
+
+    def _replace(self, link: Path, first: str, content: str) -> bool:
+        """Take a claim over that binds nobody; one at a time, so that of two who find it only one has it."""
+        descriptor = os.open(self._lock, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX)
+            with contextlib.suppress(FileNotFoundError):
+                if f"{link.name}-{link.readlink()}.dcm" == first and not self._is_held(first):
+                    temporary = self._folder / f".{uuid.uuid4().hex}"
+                    temporary.symlink_to(content)
+                    temporary.replace(link)
+                    return True
+            return False
+        finally:
+            os.close(descriptor)
 
     def renew(self) -> None:
         """Bring the claims in line with the files.

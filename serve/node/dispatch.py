@@ -161,8 +161,13 @@ class Dispatcher:
                     names = []
                 for name in self._due(names, busy):
                     worker = threading.Thread(target=self._work, args=(client, name), daemon=True)
+                    try:
+                        worker.start()
+                    except RuntimeError:
+                        self._wait(name, "no thread can be started")
+                        self._finish(name)
+                        break
                     workers = [*(thread for thread in workers if thread.is_alive()), worker]
-                    worker.start()
                 self._wake.wait(self._pause())
             # The lock is not given up, and the client not closed, under a request that is still under way.
             for worker in workers:
@@ -209,10 +214,13 @@ class Dispatcher:
         except Exception as error:  # noqa: BLE001
             self._wait(name, f"{type(error).__name__} in the dispatcher")
         finally:
-            with self._guard:
-                self._busy.discard(name.partition("-")[0])
-            self._slots.release()
+            self._finish(name)
             self._wake.set()
+
+    def _finish(self, name: str) -> None:
+        with self._guard:
+            self._busy.discard(name.partition("-")[0])
+        self._slots.release()
 
     def _settle(self, client: httpx.Client, name: str) -> None:
         try:

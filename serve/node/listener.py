@@ -83,7 +83,7 @@ class Listener:
         self._services = Services(Verification(), self._storage, *reports)
         self._connections = Connections(settings.max_connections, settings.max_associations)
         self._metrics.watch(spool, lambda: self._connections.associations, lambda: self._connections.pending)
-        self._running: set[Association] = set()
+        self._senders = spool.senders
         self._warnings = QuietLog(_log)
         self._tls: ssl.SSLContext | None = None
         self._socket: socket.socket | None = None
@@ -105,10 +105,6 @@ class Listener:
     def storage(self) -> Storage:
         """What stores, for who receives by other ways too."""
         return self._storage
-
-    def receiving(self) -> set[str]:
-        """Spool's names of the instances that were newly stored by associations that have not ended."""
-        return {name for association in tuple(self._running) for name in tuple(association.peer.names)}
 
     def start(self) -> None:
         """Listen, in threads of its own.
@@ -233,12 +229,12 @@ class Listener:
             establish=lambda: self._connections.establish(connection),
             stopping=self._stopping.is_set,
         )
-        association = Association(connection, self._settings, self._services, admission)
-        self._running.add(association)
+        sender = self._senders.begin()
+        association = Association(connection, self._settings, self._services, admission, sender.add)
         try:
             outcome = association.run()
         finally:
-            self._running.discard(association)
+            sender.close()
             self._connections.retire(connection)
             if association.established and self._on_association_end:
                 peer = association.peer

@@ -24,7 +24,7 @@ from serve.node.service_client import DispatchSettings, service_client
 from serve.node.spool import Spool
 from serve.node.spool_records import SpooledInstance
 from serve.node.storage_commitment import CommitmentRegistry
-from serve.node.sweeping import Sweeper
+from serve.node.sweeping import RetentionSettings, Sweeper
 from serve.token import TOKEN_VARIABLE
 
 
@@ -33,6 +33,7 @@ class NodeSettings(Settings):
 
     spool: Path = Field(Path("cxr-ray-spool"), description="Folder of accepted instances, on a local disk.")
     keep_done_days: float = Field(7, gt=0, description="How long settled instances are kept to recognise re-sends.")
+    retention: RetentionSettings = Field(default_factory=RetentionSettings, description="How long the rest is kept.")
     listener: ListenerSettings = Field(default_factory=ListenerSettings, description="Whom and what to accept.")
     dispatch: DispatchSettings = Field(default_factory=DispatchSettings, description="The service to ask.")
     priors: PriorsSettings = Field(default_factory=PriorsSettings, description="Where to ask for a patient's earlier studies.")
@@ -65,14 +66,13 @@ def dicom_node(settings: NodeSettings, *, service_url: str | None, token: str | 
     registry = CollectorRegistry()
     with ExitStack() as stack:
         spool = Spool(settings.spool)
-        stack.enter_context(Sweeper(spool, settings.keep_done_days))
+        stack.enter_context(Sweeper(spool, settings.keep_done_days, settings.retention))
         outbox = Outbox(settings.spool / "outbox")
         commitments = CommitmentRegistry(outbox)
         stack.enter_context(Delivery(settings.delivery, outbox, commitments, registry))
-        receiving: list[Listener] = []
         assembler = None
         if settings.delivery.destinations:
-            assembler = _assembler(stack, settings, dispatch, spool, outbox, receiving)
+            assembler = _assembler(stack, settings, dispatch, spool, outbox)
         else:
             # Of a time when there were destinations: nobody waits for results any more.
             for name in spool.answers.awaiting():
@@ -91,8 +91,7 @@ def dicom_node(settings: NodeSettings, *, service_url: str | None, token: str | 
             on_commitment=commitments.report,
             registry=registry,
         )
-        receiving.append(stack.enter_context(listener))
-        yield listener
+        yield stack.enter_context(listener)
 
 
 def _assembler(
@@ -101,7 +100,6 @@ def _assembler(
     dispatch: DispatchSettings,
     spool: Spool,
     outbox: Outbox,
-    receiving: list[Listener],
 ) -> Assembler:
     # They bring highdicom, which takes two seconds that a node without destinations need not wait for.
     from serve.node.study_record import Drawings  # noqa: PLC0415
@@ -109,10 +107,7 @@ def _assembler(
 
     client = stack.enter_context(service_client(dispatch))
     results = StudyResults(spool, Drawings(client), outbox, settings.delivery.destinations, settings.results)
-    assembler = Assembler(
-        settings.assembly, spool, results, lambda: {name for listener in receiving for name in listener.receiving()}
-    )
-    return stack.enter_context(assembler)
+    return stack.enter_context(Assembler(settings.assembly, spool, results))
 
 
 def _kept(spool: Spool, assembler: Assembler) -> Callable[[SpooledInstance, bytes], None]:

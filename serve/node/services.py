@@ -6,6 +6,7 @@ status "unrecognized operation"; its data set, if any, is received and dropped, 
 References: PS3.4 annexes A (verification), B (storage), J (storage commitment), PS3.7 annex C (statuses).
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Protocol
 
@@ -29,13 +30,23 @@ class Context:
 
 @dataclass(frozen=True)
 class Peer:
-    """Who is at the other end; `names` are those of the instances that it newly stored, as the spool has them."""
+    """Who is at the other end; `names` are those of the instances that it newly stored, as the spool has them.
+
+    `on_stored`, if given, is called with each of them.
+    """
 
     calling_ae: str
     address: str
     uri: str
     called_ae: str = ""
     names: list[str] = field(default_factory=list)
+    on_stored: Callable[[str], None] | None = None
+
+    def has_stored(self, name: str) -> None:
+        """Note an instance that it newly stored."""
+        self.names.append(name)
+        if self.on_stored:
+            self.on_stored(name)
 
 
 class IncomingMessage(Protocol):

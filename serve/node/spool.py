@@ -12,6 +12,7 @@ leave the folder. There is no index that could disagree with the files: listing 
     done/       settled, kept for a while to recognise re-sends     dead/   <name> and <name>.json with the reason
     conflicts/  other bytes under a UID that was taken, with <name>.json; nobody answers them
     filed/      accepted to be kept unread; nobody answers them
+    receiving/  what each open association has brought; see `serve.node.open_senders`
     known/      which content came first under a UID, as links that point to its digest; made anew from the files
 """
 
@@ -33,6 +34,7 @@ from serve.node.arrival import Arrival
 from serve.node.claims import Claims
 from serve.node.durable import make_durably, sync_folder
 from serve.node.file_meta import IMPLEMENTATION_CLASS_UID, IMPLEMENTATION_VERSION_NAME
+from serve.node.open_senders import OpenSenders
 from serve.node.spool_files import beside, letter, move_durably, read_instance, write_through
 from serve.node.spool_records import Conflict, DeadLetter, Origin, SpooledInstance, Stored
 
@@ -53,7 +55,7 @@ __all__ = [
 # Where an instance that is to be answered can be, in the order in which it travels: whoever looks for one looks in this
 # order, or misses a file that moves between two looks.
 TRAVEL = ("ready", "answered", "done", "dead")
-FOLDERS = ("incoming", *TRAVEL, "conflicts", "filed", "known")
+FOLDERS = ("incoming", "receiving", *TRAVEL, "conflicts", "filed", "known")
 
 _log = logging.getLogger(__name__)
 
@@ -79,6 +81,7 @@ class Spool:
         )
         self._travel = tuple(self.root / name for name in TRAVEL)
         self.answers = AnsweredInstances(self.root)
+        self.senders = OpenSenders(self.root / "receiving")
         self._claims = Claims(self.root / "known", self._travel)
         try:
             for name in FOLDERS:
@@ -117,7 +120,11 @@ class Spool:
         if first != name:
             self._keep_aside(arrival, name, first, origin)
             return Stored.CONFLICT
-        arrival.rename(self._ready / name)
+        try:
+            arrival.rename(self._ready / name)
+        except OSError:
+            self._claims.forget(name)
+            raise
         sync_folder(self._ready)
         _log.info("%s: received %d bytes from %r", name, arrival.size, origin.calling_ae)
         return Stored.NEW
@@ -258,7 +265,9 @@ class Spool:
         """Tell whether the spool's file system has `min_free_bytes` left."""
         return self.free_bytes() >= min_free_bytes
 
-    def sweep(self, keep_done_seconds: float, keep_done_count: int | None = None) -> int:
+    def sweep(
+        self, keep_done_seconds: float, keep_done_count: int | None = None, *, needed: frozenset[str] = frozenset()
+    ) -> int:
         """Remove answered instances that are older than wanted or more than wanted; return how many.
 
         Parameters
@@ -267,6 +276,8 @@ class Spool:
             Seconds since the answer. ``inf`` keeps all.
         keep_done_count : int, optional
             The newest that stay, whatever their age allows; ``None`` sets no limit.
+        needed : frozenset of str
+            Names that stay in any case.
         """
         newest_first = sorted(
             ((path.stat().st_mtime, path) for path in self._done.glob("*.dcm")), key=lambda aged: aged[0], reverse=True
@@ -274,11 +285,33 @@ class Spool:
         oldest_kept = time.time() - keep_done_seconds
         removed = 0
         for rank, (answered, path) in enumerate(newest_first):
-            if answered < oldest_kept or (keep_done_count is not None and rank >= keep_done_count):
+            too_many = keep_done_count is not None and rank >= keep_done_count
+            if (answered < oldest_kept or too_many) and path.name not in needed:
                 path.unlink(missing_ok=True)
                 beside(path).unlink(missing_ok=True)
                 self._claims.forget(path.name)
                 removed += 1
+        return removed
+
+    def sweep_aside(self, folder: str, keep_seconds: float) -> int:
+        """Remove what a person was to decide about, and did not in time; return how many.
+
+        Parameters
+        ----------
+        folder : str
+            ``dead``, ``conflicts`` or ``filed``.
+        keep_seconds : float
+            Seconds since the reason was written, or, where there is none, since it came.
+        """
+        oldest_kept, removed = time.time() - keep_seconds, 0
+        for path in (self.root / folder).glob("*.dcm"):
+            with contextlib.suppress(FileNotFoundError):
+                said = beside(path)
+                if (said if said.exists() else path).stat().st_mtime < oldest_kept:
+                    path.unlink()
+                    said.unlink(missing_ok=True)
+                    self._claims.forget(path.name)
+                    removed += 1
         return removed
 
     def _is_kept(self, name: str, folders: tuple[Path, ...]) -> bool:

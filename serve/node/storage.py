@@ -256,7 +256,7 @@ class _Instance:
             if self._arrival is not None:
                 stored = self._storage.keep(self._arrival, self._origin)
                 if stored is Stored.NEW:
-                    self._peer.names.append(name_of(self._origin.sop_instance_uid, self._arrival.digest()))
+                    self._peer.has_stored(name_of(self._origin.sop_instance_uid, self._arrival.digest()))
         except StoreRefused as refused:
             self._refused = refused
         except OSError as error:

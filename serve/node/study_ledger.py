@@ -6,15 +6,18 @@ names its results as predecessors.
 
 ::
 
-    studies/<digest>.plan.json   under way                 studies/<digest>.json   the last revision that was issued
+    plans/<digest>.json   under way                 studies/<digest>.json   the last revision that was issued
+
+Plans are few and looked at all the time; issues are as many as studies, and each is looked for by its name alone.
 """
 
 import contextlib
 import hashlib
+import time
 from pathlib import Path
 from typing import TypeVar
 
-from pydantic import BaseModel, ConfigDict
+from pydantic import BaseModel, ConfigDict, ValidationError
 
 from serve.node.durable import make_durably, sync_folder
 from serve.node.spool_files import write_through
@@ -66,32 +69,70 @@ class StudyLedger:
     """
 
     def __init__(self, root: Path) -> None:
-        self._root, self._incoming = root / "studies", root / "incoming"
-        make_durably(self._root)
+        self._plans, self._issues, self._incoming = root / "plans", root / "studies", root / "incoming"
+        make_durably(self._plans)
+        make_durably(self._issues)
 
-    def planned(self) -> dict[str, Plan]:
-        """Return the plans that are under way, by study."""
-        return {path.name.removesuffix(".plan.json"): _read(Plan, path) for path in self._root.glob("*.plan.json")}
+    def planned(self) -> set[str]:
+        """Return the studies of which a plan is under way."""
+        return {path.stem for path in self._plans.glob("*.json")}
+
+    def under_way(self, study: str) -> Plan | None:
+        """Return the plan of a study that is under way.
+
+        Raises
+        ------
+        pydantic.ValidationError
+            When it cannot be read, as one of a later version cannot.
+        """
+        with contextlib.suppress(FileNotFoundError):
+            return _read(Plan, self._plans / f"{study}.json")
+        return None
 
     def last(self, study: str) -> Issue | None:
-        """Return the last issue of a study."""
+        """Return the last issue of a study.
+
+        Raises
+        ------
+        pydantic.ValidationError
+            When it cannot be read.
+        """
         with contextlib.suppress(FileNotFoundError):
-            return _read(Issue, self._root / f"{study}.json")
+            return _read(Issue, self._issues / f"{study}.json")
         return None
 
     def plan(self, study: str, plan: Plan) -> None:
         """Fix what the next revision is made of, durably."""
-        self._write(self._root / f"{study}.plan.json", plan)
+        self._write(self._plans / f"{study}.json", plan)
 
     def issue(self, study: str, issue: Issue) -> None:
         """Record that a plan's results are in the outbox, durably, and end the plan."""
-        self._write(self._root / f"{study}.json", issue)
+        self._write(self._issues / f"{study}.json", issue)
         self.abandon(study)
 
     def abandon(self, study: str) -> None:
         """End a plan that came to nothing."""
-        (self._root / f"{study}.plan.json").unlink(missing_ok=True)
-        sync_folder(self._root)
+        (self._plans / f"{study}.json").unlink(missing_ok=True)
+        sync_folder(self._plans)
+
+    def needed(self) -> set[str]:
+        """Return the spool's names of the instances that plans name: they have to stay."""
+        names: set[str] = set()
+        for study in self.planned():
+            with contextlib.suppress(ValidationError):
+                plan = self.under_way(study)
+                names |= set(plan.instances) if plan else set()
+        return names
+
+    def forget(self, keep_seconds: float) -> int:
+        """Remove issues that are older; return how many. What comes of such a study is a study of its own again."""
+        oldest_kept, removed = time.time() - keep_seconds, 0
+        for path in self._issues.glob("*.json"):
+            with contextlib.suppress(FileNotFoundError):
+                if path.stat().st_mtime < oldest_kept:
+                    path.unlink()
+                    removed += 1
+        return removed
 
     def _write(self, path: Path, record: _Record) -> None:
         write_through(self._incoming, path, record.model_dump_json().encode())
