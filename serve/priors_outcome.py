@@ -5,6 +5,8 @@ from typing import Literal
 from pydantic import BaseModel, ConfigDict, Field
 
 Outcome = Literal["off", "none", "found", "timeout", "failed"]
+# What tells its sentence among an answer's warnings: the picture of a result always shows that one.
+ABOUT_PRIORS = "priors: "
 
 
 class PriorsOutcome(BaseModel):
@@ -31,15 +33,17 @@ class PriorsOutcome(BaseModel):
 
     def warnings(self) -> list[str]:
         """What an answer says of it: nothing where the archive was asked and all it named is used."""
+        lacking = self._lacking()
+        return [f"{ABOUT_PRIORS}{lacking}; {self._consequence()}"] if lacking else []
+
+    def _lacking(self) -> str:
         if self.outcome == "off":
-            return [f"priors: the archive was not asked ({self.reason or 'no reason given'}); predicted without its studies"]
+            return f"the archive was not asked ({self.reason or 'no reason given'})"
         if self.outcome == "timeout":
-            return [f"priors: the archive did not answer within {self.budget_seconds:g} s; {self._consequence()}"]
+            return f"the archive did not answer within {self.budget_seconds:g} s"
         if self.outcome == "failed":
-            return [f"priors: the archive failed ({self.reason or 'no reason given'}); {self._consequence()}"]
-        if self.used < self.studies:
-            return [f"priors: not every earlier study could be used; {self._consequence()}"]
-        return []
+            return f"the archive failed ({self.reason or 'no reason given'})"
+        return "not every earlier study could be used" if self.used < self.studies else ""
 
     def _consequence(self) -> str:
         if not self.used:

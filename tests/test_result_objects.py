@@ -76,13 +76,14 @@ def errors(lines: list[str]) -> list[str]:
     return [line for line in lines if "error" in line.lower()]
 
 
+DEFINITIONS = {"comprehensive-3d": "Comprehensive3DSR", "comprehensive": "ComprehensiveSR", "enhanced": "EnhancedSR"}
 REPORTS = [("comprehensive-3d", revised), ("comprehensive", calibrated), ("enhanced", two_images)]
 
 
 @pytest.mark.parametrize(("sr_class", "answer"), REPORTS)
 def test_dciodvfy_finds_no_error_in_a_report(sr_class: SrClass, answer: Callable[[], StudyAnswer], tmp_path: Path) -> None:
     said = dciodvfy(written(structured_report(answer(), sr_class, SETTINGS), tmp_path))
-    assert said[0] == {"comprehensive-3d": "Comprehensive3DSR", "comprehensive": "ComprehensiveSR"}.get(sr_class, "EnhancedSR")
+    assert said[0] == DEFINITIONS[sr_class]
     assert errors(said) == []
 
 
@@ -92,11 +93,10 @@ def test_dciodvfy_finds_no_error_in_a_capture(answer: Callable[[], StudyAnswer],
     assert said == ["SCImage"]
 
 
-# Java takes its time: the default class, and the one that allows least.
-@pytest.mark.parametrize(("sr_class", "answer"), [REPORTS[0], REPORTS[2]])
+@pytest.mark.parametrize(("sr_class", "answer"), REPORTS)
 def test_the_connectathon_judge_finds_no_error(sr_class: SrClass, answer: Callable[[], StudyAnswer], tmp_path: Path) -> None:
     said = validate_report(written(structured_report(answer(), sr_class, SETTINGS), tmp_path))
-    assert "Found Root Template TID_1500 (MeasurementReport)" in said
+    assert {f"Found {DEFINITIONS[sr_class]} IOD", "Found Root Template TID_1500 (MeasurementReport)"} <= set(said)
     assert {"Root Template Validation Complete", "IOD validation complete"} <= set(said)
     assert errors(said) == []
 

@@ -2,20 +2,25 @@
 
 import socket
 from collections.abc import Callable, Iterator
+from io import BytesIO
 from pathlib import Path
 
 import httpx
 import pytest
 from archives import Orthanc, film, orthanc, report, until
 from conftest import RunningService
+from pydicom import dcmread
 from pydicom.dataset import Dataset
 from pydicom.uid import JPEGLSLossless, generate_uid
 from radiographs import file_of
 
+from cxr_ray.findings import FINDINGS
 from serve.node.dispatch import Dispatcher, DispatchSettings
+from serve.node.node import NodeSettings, dicom_node
 from serve.node.priors import Priors
 from serve.node.priors_settings import PriorsSettings
 from serve.node.spool import Origin, Spool
+from serve.node.storage import store_part10
 
 pytestmark = [pytest.mark.system, pytest.mark.ray]
 
@@ -127,6 +132,38 @@ def test_an_archive_that_hangs_is_said_in_the_answer(door: str, node: Callable[.
     assert found["status"] == "answered"
     assert found["warnings"][-1] == "priors: the archive did not answer within 0.5 s; predicted without its studies"
     assert (found["priors"]["outcome"], found["priors"]["used"], found["clinical"]["missing"]) == ("timeout", 0, ["history"])
+
+
+def test_the_delivered_report_says_that_the_archive_hung(door: str, archive: Orthanc, tmp_path: Path) -> None:
+    new = film(f"P{generate_uid()[-10:]}")
+    destination = {"kind": "dicom", "name": "pacs", "host": "127.0.0.1", "port": archive.dicom_port, "called_ae": "ORTHANC"}
+    sought = {"Level": "Instance", "Query": {"StudyInstanceUID": new.StudyInstanceUID, "Modality": "SR"}}
+
+    def delivered() -> list[str]:
+        found: list[str] = archive.client.post("/tools/find", json=sought).json()
+        return found
+
+    with socket.create_server(("127.0.0.1", 0)) as silent:
+        silence = {"kind": "dicom", "host": "127.0.0.1", "port": silent.getsockname()[1], "called_ae": "SILENT"}
+        settings = NodeSettings(
+            spool=tmp_path / "spool",
+            listener={"port": 0, "min_free_bytes": 0, "drain_seconds": 1},
+            priors={**silence, "budget_seconds": 0.5},
+            assembly={"quiet_seconds": 0.1},
+            delivery={"destinations": [destination]},
+        )
+        with dicom_node(settings, service_url=door, token=None) as listener:
+            store_part10(listener.storage, file_of(new))
+            until(delivered, "the report in the archive", 60)
+    (found,) = delivered()
+    kept = dcmread(BytesIO(archive.client.get(f"/instances/{found}/file").content))
+    said = [item.TextValue for group in kept.ContentSequence[-1].ContentSequence for item in texts(group)]
+    sentence = "warning: priors: the archive did not answer within 0.5 s; predicted without its studies"
+    assert said.count(sentence) == len(FINDINGS)
+
+
+def texts(group: Dataset) -> list[Dataset]:
+    return [item for item in group.ContentSequence if item.ValueType == "TEXT"]
 
 
 def post(door: str, path: str, body: object) -> httpx.Response:

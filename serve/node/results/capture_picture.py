@@ -16,7 +16,8 @@ from PIL import Image, ImageDraw, ImageFont
 from cxr_ray.dicom_values import printable
 from serve.node.results.result_object import made_at
 from serve.node.results.source import orientation
-from serve.node.results.study_answer import StudyAnswer, StudyFinding
+from serve.node.results.study_answer import ImageAnswer, StudyAnswer, StudyFinding
+from serve.priors_outcome import ABOUT_PRIORS
 
 UNVERIFIED = "AI result, unverified"
 NOT_DIAGNOSTIC = "not for diagnostic use"
@@ -28,8 +29,9 @@ _FILMS = (_MARGIN, _BANNER + 52, 904, 640)
 _TABLE = (936, _BANNER + 16, WIDTH - _MARGIN)
 _ROW = 38
 _BELOW = 672
-_LINE = 22
-_INPUTS, _WARNINGS = 5, 3
+_LINE = 20
+_INPUT_LINES, _NOTE_LINES = 8, 4
+_LAST = HEIGHT - 14
 
 _GROUND = (16, 18, 20)
 _PANEL = (0, 0, 0)
@@ -75,7 +77,7 @@ def capture_picture(answer: StudyAnswer, radiograph: np.ndarray, heatmap: Heatma
     _table(page, answer)
     _below(page, answer)
     words = f"{UNVERIFIED}, {NOT_DIAGNOSTIC}. Made by a neural network; no person has checked it."
-    page.text((_MARGIN, HEIGHT - _MARGIN), words + (_HEATMAP_WORDS if heatmap else ""), 15)
+    page.text((_MARGIN, _LAST), words + (_HEATMAP_WORDS if heatmap else ""), 15)
     return np.asarray(picture)
 
 
@@ -97,17 +99,31 @@ class _Page:
             kept = kept[:-1]
         self.text(place, words if kept == words else kept.rstrip() + "…", size, colour)
 
-    def wrapped(self, place: tuple[int, int], words: str, size: int, width: int) -> int:
-        """Two lines at most; returns where the next one stands."""
+    def listed(self, box: _Box, rows: list[tuple[str, str]], size: int, indent: int, colours: tuple[_Colour, _Colour]) -> None:
+        """Rows of a label and its text between the top and bottom of a box.
+
+        Each has one line at least, two where there is room, and the last one all that are left.
+        """
+        left, base, right, bottom = box
+        for following, (label, words) in zip(reversed(range(len(rows))), rows, strict=True):
+            lines = (bottom - base) // _LINE - following
+            self.text((left, base), label, size, colours[0])
+            base = self._wrapped((left + indent, base), words, size, right, min(lines, 2) if following else lines, colours[1])
+
+    def _wrapped(self, place: tuple[int, int], words: str, size: int, right: int, lines: int, colour: _Colour) -> int:
+        """As many lines at most, parted between words; returns where the next one stands."""
         left, base = place
-        first = words = printable(words)
-        while " " in first and self.draw.textlength(first, font=_font(size, False)) > width:
-            first = first.rpartition(" ")[0]
-        rest = words[len(first) :].strip()
-        self.fitted(place, first, size, width)
-        if rest:
-            self.fitted((left, base + _LINE), rest, size, width)
-        return base + _LINE * (2 if rest else 1)
+        rest = printable(words)
+        for following in reversed(range(lines)):
+            line = rest
+            while following and " " in line and self.draw.textlength(line, font=_font(size, False)) > right - left:
+                line = line.rpartition(" ")[0]
+            self.fitted((left, base), line, size, right - left, colour)
+            base += _LINE
+            rest = rest[len(line) :].strip()
+            if not rest:
+                break
+        return base
 
     def bar(self, box: _Box, colour: _Colour) -> None:
         if box[2] > box[0]:
@@ -212,19 +228,32 @@ def _row(page: _Page, place: tuple[int, int, int], found: StudyFinding) -> None:
 
 
 def _below(page: _Page, answer: StudyAnswer) -> None:
-    left, second, right = _MARGIN, 620, WIDTH - _MARGIN
-    leading = answer.leading.image
+    left, middle, right = _MARGIN, 620, WIDTH - _MARGIN
     page.bar((left, _BELOW, right, _BELOW + 1), _RULE)
-    page.text((left, _BELOW + 28), "Inputs besides the image", 15, _FAINT)
-    base = _BELOW + 54
-    for name, value in leading.inputs[:_INPUTS]:
-        page.text((left, base), name, 16, _FAINT)
-        base = page.wrapped((left + 90, base), value, 16, second - left - 120)
-    page.text((second, _BELOW + 28), "Model", 15, _FAINT)
-    for number, line in enumerate(_model_words(answer)):
-        page.fitted((second, _BELOW + 54 + _LINE * number), line, 16, right - second)
-    for number, warning in enumerate(leading.warnings[:_WARNINGS]):
-        page.fitted((second, _BELOW + 60 + _LINE * (3 + number)), f"Note: {warning}", 15, right - second, _FAINT)
+    page.text((left, _BELOW + 24), "Inputs besides the image", 15, _FAINT)
+    page.text((middle, _BELOW + 24), "Model", 15, _FAINT)
+    top = _BELOW + 48
+    inputs, notes = _inputs_and_notes(answer.leading.image)
+    page.listed((left, top, middle - 30, top + _INPUT_LINES * _LINE), inputs[:_INPUT_LINES], 16, 90, (_FAINT, _TEXT))
+    for line in _model_words(answer):
+        page.fitted((middle, top), line, 16, right - middle)
+        top += _LINE
+    top += 8
+    if len(notes) > _NOTE_LINES:
+        kept = _NOTE_LINES - 1
+        notes[kept:] = [("", f"+{len(notes) - kept} more")]
+    page.listed((middle, top, right, top + _NOTE_LINES * _LINE), notes, 15, 48, (_FAINT, _FAINT))
+
+
+def _inputs_and_notes(image: ImageAnswer) -> tuple[list[tuple[str, str]], list[tuple[str, str]]]:
+    """What the model was told, and with it which earlier studies it was not told of; then the other warnings."""
+    inputs, notes = list(image.inputs), []
+    for warning in image.warnings:
+        if warning.startswith(ABOUT_PRIORS):
+            inputs.append(("priors", warning.removeprefix(ABOUT_PRIORS)))
+        else:
+            notes.append(("Note:", warning))
+    return inputs, notes
 
 
 def _model_words(answer: StudyAnswer) -> list[str]:
