@@ -10,6 +10,7 @@ from prometheus_client import CollectorRegistry
 
 from cxr_ray.errors import CxrRayError
 from serve.instance_names import instance_names
+from serve.node.file_meta import presentation_address
 from serve.node.receiving_metrics import ReceivingMetrics
 from serve.node.spool import Spool
 from serve.node.storage import OUT_OF_RESOURCES, Storage, StorageRules, StoreRefused, store_part10
@@ -44,7 +45,7 @@ class SpooledIntake:
         study_uid
             The study that it has to be of; None for any.
         address
-            Who sent it.
+            Of the client that sent it, which has no AE title: results cannot be returned to it.
 
         Raises
         ------
@@ -53,7 +54,7 @@ class SpooledIntake:
         """
         if study_uid is not None:
             self._require_study(file, study_uid)
-        store_part10(self._opened(), file, sender="STOW-RS", address=f"http://{address}")
+        store_part10(self._opened(), file, address=presentation_address("http", address))
 
     def _require_study(self, file: bytes, study_uid: str) -> None:
         try:

@@ -41,3 +41,13 @@ def image(source: Dataset | None = None, **changes: object) -> ImageAnswer:
 
 def study(*images: ImageAnswer, **changes: object) -> StudyAnswer:
     return StudyAnswer(images=images or (image(),), **changes)
+
+
+def service_answer() -> dict:
+    """What `POST /v1/instances` says of an image."""
+    return {
+        "model": {"name": "multi-input", "version": "3", "digest": "4f" * 32},
+        "findings": [vars(finding) for finding in reversed(findings())],
+        "clinical": {"age": 62.0, "sex": "F", "view": "PA", "history": None, "history_source": None, "missing": ["history"]},
+        "warnings": [],
+    }

@@ -126,6 +126,9 @@ class StorageScp:
             self._server.shutdown()
             self._server = None
 
+    def open_associations(self) -> int:
+        return sum(association.is_established for association in self._server.active_associations)
+
     def _accepted(self, event: evt.Event) -> None:
         self.associations += 1
         self.callers.add(event.assoc.requestor.ae_title)
@@ -269,6 +272,14 @@ def certificate(folder: Path, name: str, ca: tuple[Path, Path] | None = None) ->
 
 def open_descriptors() -> int:
     return len(list(Path("/proc/self/fd").iterdir()))
+
+
+def stored(request: Request, _turn: int) -> Reply:
+    """As a STOW-RS service answers that has stored everything (PS3.18 section 10.5.3)."""
+    uids = [str(instance.SOPInstanceUID) for instance in read_part(request.body)]
+    items = [{"00081155": {"vr": "UI", "Value": [uid]}} for uid in uids]
+    answer = {"00081199": {"vr": "SQ", "Value": items}}
+    return 200, {"Content-Type": "application/dicom+json"}, json.dumps(answer).encode()
 
 
 def read_part(body: bytes) -> list[Dataset]:

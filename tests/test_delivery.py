@@ -27,6 +27,7 @@ from result_peers import (
     orthanc,
     parcel,
     silent_server,
+    stored,
     stored_uids,
     until,
 )
@@ -325,6 +326,76 @@ def test_sender_that_is_away_does_not_hold_up_another(deliver, outbox: Outbox, s
     assert scp.times == uids("3")
 
 
+def returned(name: str, title: str, study: str, sequence: int = 1) -> Parcel:
+    """A parcel for whoever sent a study under a title."""
+    return parcel(name, "sender", study, sequence, origin=StudyOrigin(calling_ae=title, address="127.0.0.1"))
+
+
+def test_of_a_study_each_sender_gets_its_own_in_order(deliver, outbox: Outbox, scp: StorageScp, free_port) -> None:
+    queue = outbox.queue("sender")
+    # The one that is away has the lower ids, and was there first.
+    for name, title, sequence in (("1", "AWAY", 1), ("2", "AWAY", 2), ("4", "PACS", 2), ("3", "PACS", 1)):
+        outbox.add(returned(name, title, "1.2.3", sequence))
+    away = StorageScp(titles=["AWAY"], port=free_port())
+    deliver({"kind": "sender", "peers": {"AWAY": away.port, "PACS": scp.port}, "timeouts": QUICK})
+    until(lambda: len(queue.receipts()) == 2)
+    assert scp.order == ["1.2.3.1", "1.2.3.2", "1.2.4.1", "1.2.4.2"]
+    away.start()
+    until(lambda: queue.waiting() == [])
+    assert away.order == ["1.2.1.1", "1.2.1.2", "1.2.2.1", "1.2.2.2"]
+    away.stop()
+
+
+def test_sender_that_hangs_does_not_hold_up_another(deliver, outbox: Outbox, scp: StorageScp) -> None:
+    queue = outbox.queue("sender")
+    with silent_server() as port:
+        outbox.add(returned("1", "STUCK", "1.2.3"))
+        deliver({"kind": "sender", "peers": {"STUCK": port, "PACS": scp.port}, "timeouts": dict.fromkeys(QUICK, 60)})
+        time.sleep(0.3)
+        begun = time.monotonic()
+        for name in "234":
+            outbox.add(returned(name, "PACS", "1.2.3", int(name)))
+        until(lambda: len(queue.receipts()) == 3)
+        assert time.monotonic() - begun < 15
+        until(lambda: queue.waiting() == [returned("1", "STUCK", "1.2.3").id])
+
+
+def test_many_senders_that_hang_hold_up_another_no_longer_than_their_time(deliver, outbox: Outbox, scp: StorageScp) -> None:
+    queue = outbox.queue("sender")
+    titles = [f"STUCK{number}" for number in range(20)]
+    for number, title in enumerate(titles):
+        outbox.add(returned(str(number), title, str(number)))
+    with silent_server() as port:
+        peers = {**dict.fromkeys(titles, port), "PACS": scp.port}
+        timeouts = {**QUICK, "negotiation_seconds": 0.5}
+        deliver({"kind": "sender", "peers": peers, "timeouts": timeouts}, patience={"first_retry_seconds": 2})
+        time.sleep(0.2)
+        outbox.add(returned("99", "PACS", "99"))
+        until(queue.receipts, 15)
+        assert scp.times == uids("99")
+
+
+def test_sender_has_one_association_at_a_time(deliver, outbox: Outbox, scp: StorageScp) -> None:
+    queue, most = outbox.queue("sender"), []
+
+    def script(_uid: str, _turn: int) -> int:
+        if scp.open_associations() > 1:
+            # One that was released a moment ago is still ending.
+            time.sleep(0.5)
+        most.append(scp.open_associations())
+        return 0x0000
+
+    scp.script, scp.answers_in = script, 0.01
+    for number in range(40):
+        outbox.add(returned(str(number), "PACS", str(number)))
+    deliver({"kind": "sender", "peers": {"PACS": scp.port}, "timeouts": QUICK})
+    until(lambda: len(queue.receipts()) == 40)
+    assert set(most) == {1}
+    # It gives way to other peers now and then, and comes back.
+    assert scp.associations > 1
+    assert set(scp.times.values()) == {1}
+
+
 def test_web_service_that_asks_for_a_pause_gets_it(deliver, outbox: Outbox) -> None:
     web, queue = WebServer(), outbox.queue("hook")
     times: list[float] = []
@@ -340,6 +411,21 @@ def test_web_service_that_asks_for_a_pause_gets_it(deliver, outbox: Outbox) -> N
     until(lambda: len(queue.receipts()) == 2)
     assert times[1] - times[0] >= 1
     assert len({request.headers["idempotency-key"] for request in web.requests}) == 2
+    web.stop()
+
+
+def test_web_service_that_is_none_of_stow_keeps_the_results_waiting(deliver, outbox: Outbox) -> None:
+    web, queue = WebServer(), outbox.queue("cloud")
+    page = (200, {"Content-Type": "text/html"}, b"<html>Sign in</html>")
+    web.script = lambda *_: page
+    outbox.add(parcel(destination="cloud"))
+    deliver({"kind": "stow", "name": "cloud", "url": web.url})
+    until(lambda: queue.state(parcel(destination="cloud").id).attempts >= 2)
+    (name,) = queue.waiting()
+    assert queue.state(name).last_error == "answered 200 with text/html, which does not say what was stored; check the URL"
+    # The URL is mended, or the proxy has gone: it goes without anybody replaying it.
+    web.script = stored
+    until(queue.receipts)
     web.stop()
 
 

@@ -13,7 +13,7 @@ from dicom_judges import dciodvfy, orthanc, report_lines, validate_report
 from highdicom.sr import srread
 from phantom_films import VISITS, dicom, film
 from pydicom import Dataset, dcmread
-from result_answers import ANSWERED, MODEL, PROBABILITIES, findings, header, image, study
+from result_answers import ANSWERED, MODEL, PROBABILITIES, findings, header, image, service_answer, study
 
 from cxr_ray.dicom_header import radiograph_header, read_dicom_header
 from cxr_ray.findings import CODES, FINDINGS, Code
@@ -321,15 +321,6 @@ def test_json_names_everything_and_nobody() -> None:
     assert summary["images"][0]["model"]["digest"] == "4f" * 32
     said = json.dumps(summary)
     assert not any(value in said for value in ("PHANTOM", "Phantom", "A-4711"))
-
-
-def service_answer() -> dict:
-    return {
-        "model": {"name": "multi-input", "version": "3", "digest": "4f" * 32},
-        "findings": [vars(finding) for finding in reversed(findings())],
-        "clinical": {"age": 62.0, "sex": "F", "view": "PA", "history": None, "history_source": None, "missing": ["history"]},
-        "warnings": [],
-    }
 
 
 def test_the_services_answer_is_taken_by_name() -> None:

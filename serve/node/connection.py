@@ -11,6 +11,7 @@ import ssl
 import time
 from collections.abc import Callable
 
+from serve.node.file_meta import presentation_address
 from serve.node.pdu import HEADER
 
 _FIRST_BUFFER = 4 * 1024
@@ -57,8 +58,7 @@ class Connection:
     @property
     def uri(self) -> str:
         """Where the peer is, as PS3.10 section 7.1 has presentation addresses."""
-        host = f"[{self.address}]" if ":" in self.address else self.address
-        return f"dicom://{host}:{self.port}"
+        return presentation_address("dicom", self.address, self.port)
 
     def secure(self, context: ssl.SSLContext, seconds: float) -> None:
         """Go over to TLS.

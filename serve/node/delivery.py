@@ -1,4 +1,4 @@
-"""Delivery: brings what lies in the outbox to its destinations, each in a thread of its own.
+"""Delivery: brings what lies in the outbox to its destinations, each in threads of its own.
 
 Any number of processes may run it on one outbox: one holds the lock and works, the others wait to take over. What is sent when
 the process dies is sent again under the same UIDs; what is confirmed is not.

@@ -25,7 +25,7 @@ class FileMeta:
     Attributes
     ----------
     source_address
-        Of the sender, as a URI: ``dicom://192.0.2.7:40112``.
+        Of the sender, as a URI: see `presentation_address`.
     """
 
     sop_class_uid: str
@@ -99,6 +99,12 @@ def _counted(file: memoryview, start: int) -> int:
         else:
             place += 8 + struct.unpack_from("<H", file, place + 6)[0]
     return place - start
+
+
+def presentation_address(scheme: str, host: str, port: int | None = None) -> str:
+    """Where a peer is, as a URI: an IPv6 address stands in brackets (RFC 3986 section 3.2.2)."""
+    name = f"[{host}]" if ":" in host else host
+    return f"{scheme}://{name}" if port is None else f"{scheme}://{name}:{port}"
 
 
 def title(text: str) -> str:

@@ -47,12 +47,14 @@ def read_instance(path: Path) -> SpooledInstance:
     OSError
         When it cannot be read.
     """
+    scheme, address = _peer_in(path)
     return SpooledInstance(
         path=path,
         name=path.name,
         content_digest=path.stem.rpartition("-")[2],
         received_at=datetime.fromtimestamp(path.stat().st_mtime, UTC),
-        peer_address=_address_in(path),
+        peer_scheme=scheme,
+        peer_address=address,
         **vars(instance_names(path, path.name)),
     )
 
@@ -85,8 +87,9 @@ def letter(reason: str, status: int | None, attempts: int, instance: SpooledInst
     return json.dumps(said).encode()
 
 
-def _address_in(path: Path) -> str | None:
+def _peer_in(path: Path) -> tuple[str | None, str | None]:
     try:
-        return urlsplit(read_meta(path).source_address).hostname
+        address = urlsplit(read_meta(path).source_address)
+        return address.scheme or None, address.hostname
     except ValueError:
-        return None
+        return None, None

@@ -32,7 +32,7 @@ class Origin:
     calling_ae : str
         Title of the sender; anything outside printable ASCII is dropped.
     peer_address : str
-        From where it came, as a URI: ``dicom://192.0.2.7:40112``, or the address of an HTTP client.
+        From where it came, as a URI: ``dicom://192.0.2.7:40112``, or ``http://192.0.2.7`` where it came over HTTP.
     called_ae : str
         Title under which it was received.
     """
@@ -62,7 +62,7 @@ class Origin:
 class SpooledInstance:
     """An accepted instance: where it lies, the identifiers under which its answer is filed, and who sent it from where.
 
-    `peer_address` is an address or a name, without port.
+    `peer_scheme` says how it came, ``dicom`` or ``http``; `peer_address` is an address or a name, without port.
     """
 
     path: Path
@@ -77,6 +77,7 @@ class SpooledInstance:
     study_date: str | None
     calling_ae: str | None
     received_at: datetime
+    peer_scheme: str | None = None
     peer_address: str | None = None
 
 

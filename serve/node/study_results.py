@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
 from io import BytesIO
@@ -23,6 +24,8 @@ from serve.node.study_record import Drawings, read_image
 
 _CAPTURE: ResultType = "secondary-capture"
 _KNOWN: frozenset[str] = frozenset(get_args(ResultType))
+
+_log = logging.getLogger(__name__)
 
 
 class TakesParcels(Protocol):
@@ -77,8 +80,12 @@ class StudyResults:
         # All is made before anything is handed over: what cannot be made leaves nothing half sent.
         for destination in self._destinations:
             items = _items(destination, encoded, made.summary)
-            for origin in origins if isinstance(destination, SenderDestination) else (None,):
+            addressees = _addressees(destination, origins)
+            for origin in addressees:
                 self._outbox.add(_parcel(destination.name, study, plan.revision, items, origin))
+            if not addressees:
+                words = "study %s: none of its images came by C-STORE: destination %s has nobody to return its results to"
+                _log.info(words, study, destination.name)
         replaced = {kind: reference for kind, reference in predecessors.items() if kind not in made.objects}
         return {**replaced, **{str(kind): _reference(dataset) for kind, dataset in made.objects.items()}}
 
@@ -115,11 +122,11 @@ class StudyResults:
         return secondary_capture(answer, radiograph, heatmap, leading.answer.name, self._settings)
 
     def _origins(self, plan: Plan) -> list[StudyOrigin]:
-        """Who sent the images of a revision, each once."""
+        """Who sent the images of a revision, each once; a client that brought them over HTTP is no application entity."""
         found: dict[StudyOrigin, None] = {}
         for name in plan.instances:
             instance = self._spool.answers.instance(name)
-            if instance.peer_address:
+            if instance.peer_address and instance.peer_scheme == "dicom":
                 found[StudyOrigin(calling_ae=instance.calling_ae or "", address=instance.peer_address)] = None
         return list(found)
 
@@ -128,6 +135,17 @@ def _kinds(destination: DicomDestination | StowDestination | SenderDestination) 
     """What a destination wants, by the names that its settings have for it."""
     kinds: dict[str, ResultType] = {"sr": destination.sr_class, "sc": _CAPTURE}
     return {result: kinds[result] for result in destination.results}
+
+
+def _addressees(destination: Destination, origins: list[StudyOrigin]) -> list[StudyOrigin | None]:
+    """To whom a destination's parcels go: each peer gets one, from however many addresses it sent."""
+    if not isinstance(destination, SenderDestination):
+        return [None]
+    peers: dict[object, StudyOrigin | None] = {}
+    for origin in origins:
+        place = destination.port_of(origin.calling_ae, origin.address)
+        peers.setdefault((origin.calling_ae, place), origin)
+    return list(peers.values())
 
 
 def _items(destination: Destination, encoded: dict[ResultType, bytes], summary: bytes) -> tuple[Item, ...]:

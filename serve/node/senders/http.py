@@ -119,7 +119,7 @@ def http_outcome(answer: Answer) -> Outcome:
     status, words = answer.status, f"answered {answer.status}"
     if 200 <= status < 300:
         return Delivered(str(status))
-    detail = _detail(answer)
+    detail = own_words(answer)
     wanted = retry_after(answer.headers)
     if status in _CONFIGURATION or status in _WHOLE_SERVICE:
         return Transient(words, detail, wanted, whole_destination=True)
@@ -139,5 +139,6 @@ def retry_after(headers: httpx.Headers) -> float:
         return 0.0
 
 
-def _detail(answer: Answer) -> str:
+def own_words(answer: Answer) -> str:
+    """What the service said, shortened: it may quote what it was sent, and stands in no log."""
     return " ".join(answer.body[: 4 * _LONGEST_DETAIL].decode("utf-8", "replace").split())[:_LONGEST_DETAIL]

@@ -26,6 +26,8 @@ _LARGEST_SENT = 128 * 1024
 _RELEASE_SECONDS = 5.0
 _ASSOCIATE_RQ, _ASSOCIATE_AC, _ASSOCIATE_RJ, _DATA, _RELEASE_RQ, _RELEASE_RP, _ABORT = range(1, 8)
 _COMMAND, _LAST = 1, 2
+# Result of an A-ASSOCIATE-RJ (PS3.8 table 9-21).
+_TRANSIENT = 2
 
 
 class PeerGoneError(Exception):
@@ -45,11 +47,11 @@ class RejectedError(Exception):
 
     @property
     def lasting(self) -> bool:
-        """Whether it names a cause that waiting does not mend: a title, the application context or the protocol.
+        """Whether it is permanent and names a cause that waiting does not mend: a title, application context or protocol.
 
         "No reason given" is said by peers that shut down or are full, too, with the result "permanent".
         """
-        return (self.source, self.reason) in {(1, 2), (1, 3), (1, 7), (2, 2)}
+        return self.result != _TRANSIENT and (self.source, self.reason) in {(1, 2), (1, 3), (1, 7), (2, 2)}
 
 
 @dataclass(frozen=True)
