@@ -62,12 +62,14 @@ from serve.node.outbox import DestinationQueue, Outbox
 from serve.node.parcels import Item, Parcel
 from serve.node.service_client import DispatchSettings
 from serve.node.spool import Origin, Spool
+from serve.node.study_ledger import StudyLedger
 from serve.store import Answer, Finding, Picture, ReceivedInstance, Store
 from serve.store.tables import AccessRow, InstanceRow, PositiveFindingRow, ResultRow, StudyRow
 
 _MIB = 2**20
 _PATIENCE_SECONDS = 400.0
 _UID = "1.2.3.900000"
+_REASON = "ViewPosition is LL; only frontal views (PA, AP) are read"
 _Cost = tuple[str, str, str]
 
 
@@ -218,8 +220,7 @@ def _state(store: Any, folder: Path) -> tuple[int, float, int]:
 def dataset(smoke: bool) -> list[_Cost]:
     many = 500 if smoke else 50_000
     shards = [Shard(path=f"shards-0123456789ab/train-{number:05d}-000.parquet", rows=1024) for number in range(many)]
-    reason = "ViewPosition is LATERAL, a lateral view; frontal views (PA, AP) are accepted"
-    left_out = [LeftOutImage(image=f"{number:032x}", reason=reason, refused=True) for number in range(many)]
+    left_out = [LeftOutImage(image=f"{number:032x}", reason=_REASON, refused=True) for number in range(many)]
     costs = []
     bare = len(_manifest([], []))
     for what, content in (("a shard", _manifest(shards, [])), ("an image left out", _manifest([], left_out))):
@@ -264,8 +265,8 @@ def driver(smoke: bool) -> list[_Cost]:
     grown = {step: ((large["held"][step] - small["held"][step]) / (sizes[1] - sizes[0])) for step in large["held"]}
     begun = grown.pop("start")
     costs = [(f"ingest driver, {step}", f"{size - begun:,.0f} bytes an image", taken) for step, size in grown.items()]
-    arrow = {name: f"{size / sizes[1]:,.0f} bytes an image" for name, size in large["arrow"].items()}
-    return costs + [(name, value, f"{sizes[1]:,} images") for name, value in arrow.items()]
+    counted = {name: f"{size / sizes[1]:,.0f} bytes an image" for name, size in large["counted"].items()}
+    return costs + [(name, value, f"{sizes[1]:,} images") for name, value in counted.items()]
 
 
 def _driver_child(rows: int) -> None:
@@ -297,13 +298,37 @@ def _driver_child(rows: int) -> None:
     tasks = _tasks(records, 1024)
     held[f"records and tasks ({len(tasks) / rows:.4f} a row)"] = _resident()
     held["peak"] = _resident("VmHWM")
+    del tasks
     schema = record_schema(None)
     stored = parquet_bytes(pa.table({name: records[name] for name in schema.names}, schema=schema), None)
-    arrow = {"records, as Arrow counts them": records.nbytes, "metadata in a shard, Parquet": len(stored)}
+    counted = _of_headers(rows) | {"records, as Arrow counts them": records.nbytes, "metadata in a shard, Parquet": len(stored)}
     for encoding in ("paper", "rich"):
         columns = [*clinical_columns(encoding), "labels"]
-        arrow[f"training driver, columns, {encoding}"] = pq.read_table(io.BytesIO(stored), columns=columns).nbytes
-    print(json.dumps({"held": {name.partition(" (")[0]: size for name, size in held.items()}, "arrow": arrow}))
+        counted[f"training driver, columns, {encoding}"] = pq.read_table(io.BytesIO(stored), columns=columns).nbytes
+    print(json.dumps({"held": {name.partition(" (")[0]: size for name, size in held.items()}, "counted": counted}))
+
+
+def _of_headers(rows: int) -> dict[str, int]:
+    """What the driver of a DICOM archive holds of accepted and of refused files, as `ingest.dicom_archive` keeps them."""
+    import pyarrow as pa
+
+    from ingest.dicom_source import header_schema
+    from ingest.shards import LeftOut
+
+    text = {name: [f"{name}/{row:040d}" for row in range(rows)] for name in ("location", "name", "stamp")}
+    text |= {name: [f"1.2.826.0.1.{row:040d}" for row in range(rows)] for name in ("instance", "study", "patient", "accession")}
+    text |= {"outcome": ["accepted"] * rows, "reason": [_REASON] * rows, "sex": ["M"] * rows, "view": ["PA"] * rows}
+    columns = text | {"age_years": [50.0] * rows, "acquired": [datetime(2020, 1, 1)] * rows}
+    table = pa.table({name: columns[name] for name in header_schema().names}, schema=header_schema())
+    del text, columns
+    headers = int(table.to_pandas().memory_usage(deep=True).sum())
+    tracemalloc.start()
+    refused = [LeftOut(row["name"], row["instance"][-32:], row["reason"], refused=True) for row in table.to_pylist()]
+    entries = [LeftOutImage(image=each.image, reason=each.reason, refused=True) for each in refused]
+    left_out = tracemalloc.get_traced_memory()[0]
+    tracemalloc.stop()
+    del entries
+    return {"DICOM: headers of accepted files, pandas": headers, "DICOM: files left out": left_out}
 
 
 def _resident(field: str = "VmRSS") -> int:
@@ -334,6 +359,11 @@ def listing(smoke: bool) -> list[_Cost]:
             note("a look of the assembler, all in `ready/`", assembler._due)
             (root / "done").rmdir()
             (root / "ready").rename(root / "done")
+            (root / "ready").mkdir()
+            for name in names:
+                (root / "studies" / f"{name[:32]}.json").touch()
+            note("a look of the assembler, nothing waits, issues in `studies/`", assembler._due)
+            note("hourly sweep of `studies/`, nothing old", partial(StudyLedger(root).forget, 1e9))
             note("start with all in `done/`, claims made anew", partial(Spool, root), 1)
             note("start again", partial(Spool, root))
             note("hourly sweep of `done/`, nothing old", partial(spool.sweep, 1e9))

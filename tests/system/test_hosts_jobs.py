@@ -19,7 +19,7 @@ from ingest.phantom_release import PhantomSettings, make_release
 
 pytestmark = [pytest.mark.cluster, pytest.mark.timeout(900)]
 
-EPOCHS = 5
+EPOCHS = 4
 RELEASE = f"s3://{BUCKET}/release"
 GOING_ON = r"train: going on from the checkpoint after epoch (\d+), (\d+) workers"
 
@@ -44,7 +44,7 @@ def release(site: Site, tmp_path_factory: pytest.TempPathFactory) -> str:
 
 
 def ingest(out: str) -> list[str]:
-    return ["ingest", "nih", "--release", RELEASE, "--size", "64", "--out", out]
+    return ["ingest", "nih", "--release", RELEASE, "--size", "32", "--out", out]
 
 
 @pytest.fixture(scope="module")
@@ -104,8 +104,9 @@ def test_ingest_loses_a_host_and_no_image(site: Site, undisturbed: tuple[str, fl
 
 
 def train(data: str, run: str, workers: str) -> list[str]:
+    # One thread a worker: two hosts share this machine's cores.
     placed = ["--workers", workers, "--cpus-per-worker", "2", "--resize-seconds", "5"]
-    return ["train", "--data", data, "--out", run, "--epochs", str(EPOCHS), "--batch-size", "32", *placed]
+    return ["train", "--data", data, "--out", run, "--epochs", str(EPOCHS), "--batch-size", "32", "--threads", "1", *placed]
 
 
 def epochs(run: str) -> list[dict]:
