@@ -15,12 +15,14 @@ sys.path[:0] = [str(Path(__file__).resolve().parents[1] / "tests")]
 
 from dicom_peers import (  # noqa: E402
     CR,
+    DEFLATED,
     ECHO,
     EXPLICIT,
     IMPLICIT,
     RELEASE,
     VERIFICATION,
     data_set,
+    deflated,
     instance,
     item,
     p_data,
@@ -70,9 +72,9 @@ def _nested(draw: random.Random) -> bytes:
     return opened * draw.choice((1, 10, 1000, 4000))
 
 
-def _chunks(data: bytes, size: int = 12_000) -> bytes:
+def _chunks(data: bytes, size: int = 12_000, context: int = 1) -> bytes:
     parts = [data[start : start + size] for start in range(0, len(data), size)] or [b""]
-    return b"".join(p_data(pdv(1, 2 if number == len(parts) else 0, part)) for number, part in enumerate(parts, 1))
+    return b"".join(p_data(pdv(context, 2 if number == len(parts) else 0, part)) for number, part in enumerate(parts, 1))
 
 
 def _noise(draw: random.Random, _content: Dataset) -> tuple[bytes, bytes]:
@@ -168,6 +170,16 @@ def _too_large(draw: random.Random, content: Dataset) -> tuple[bytes, bytes]:
     )
 
 
+def _deflated(draw: random.Random, content: Dataset) -> tuple[bytes, bytes]:
+    """Kilobytes that stand for up to a gigabyte, in the pixels, before or behind them."""
+    uid, data = str(content.SOPInstanceUID), data_set(content)
+    pixels, study = data.index(b"\xe0\x7f\x10\x00") + 12, data.index(b"\x20\x00\x0d\x00")
+    bomb = deflated(data[: draw.choice((pixels, study, len(data)))], draw.choice((0, 1, 30, 1000)))
+    sent = draw.choice((bomb, bomb, cut(draw, bomb), flipped(draw, bomb)))
+    command = p_data(pdv(5, 3, store_command(uid)))
+    return request(*CONTEXTS, (5, CR, DEFLATED)), command + _chunks(sent, 100_000, context=5)
+
+
 def _tiny_fragments(draw: random.Random, content: Dataset) -> tuple[bytes, bytes]:
     return request(*CONTEXTS), b"".join(store_pdus(content, fragment=draw.choice((1, 2, 7))))
 
@@ -190,6 +202,7 @@ KINDS: dict[str, Callable[[random.Random, Dataset], tuple[bytes, bytes]]] = {
     "command without end": _long_command,
     "data set: bits, lengths, nesting": _data_set,
     "object too large": _too_large,
+    "deflated beyond bounds": _deflated,
     "fragments of single bytes": _tiny_fragments,
     "requests without waiting": _flood,
 }

@@ -6,7 +6,6 @@ unknown stays None. No message repeats the text of an error of pydicom, because 
 
 import io
 import re
-import zlib
 from dataclasses import dataclass
 from datetime import date, datetime, time
 from typing import BinaryIO
@@ -22,6 +21,7 @@ from pydicom.uid import DeflatedExplicitVRLittleEndian
 
 from cxr_ray.dicom_values import text
 from cxr_ray.frontal_chest import check_frontal_chest, frontal_view
+from cxr_ray.inflating import inflated_parts
 from cxr_ray.pixels import MAX_MEGAPIXELS, DamagedImage, OversizedImage, UnsupportedImage
 
 _YEARS_PER_UNIT = {"Y": 1.0, "M": 1 / 12, "W": 7 / 365.25, "D": 1 / 365.25}
@@ -29,9 +29,8 @@ MAX_AGE_YEARS = 120
 
 # Grey of 32 bits, the widest that is read, and as much again for a header.
 _MAX_INFLATED_BYTES = 2 * 4 * MAX_MEGAPIXELS * 10**6
-_INFLATE_STEP = 1 << 20
 _PREFIX_BYTES = 132
-_FIRST_TAG_BEYOND_META = 0x00030000
+_META_GROUP = 0x0002
 _PIXEL_DATA = 0x7FE00010
 _UNDEFINED_LENGTH = 0xFFFFFFFF
 
@@ -114,11 +113,12 @@ def _parse(stream: BinaryIO, name: str, *, stop_before_pixels: bool) -> Dataset:
 def _check_inflated_size(stream: BinaryIO, name: str) -> None:
     """Count what a deflated file becomes, because pydicom inflates it in one step."""
     if stream.read(_PREFIX_BYTES)[-4:] == b"DICM":
-        meta = read_dataset(stream, False, True, stop_when=lambda tag, _vr, _length: tag >= _FIRST_TAG_BEYOND_META)
+        # Where pydicom stops too, or the two would differ on what is deflated.
+        meta = read_dataset(stream, False, True, stop_when=lambda tag, _vr, _length: tag >> 16 != _META_GROUP)
         if meta.get("TransferSyntaxUID") == DeflatedExplicitVRLittleEndian:
-            inflater, inflated = zlib.decompressobj(-zlib.MAX_WBITS), 0
-            while compressed := inflater.unconsumed_tail or stream.read(_INFLATE_STEP):
-                inflated += len(inflater.decompress(compressed, _INFLATE_STEP))
+            inflated = 0
+            for part in inflated_parts(stream):
+                inflated += len(part)
                 if inflated > _MAX_INFLATED_BYTES:
                     limit = f"{_MAX_INFLATED_BYTES >> 20} MiB"
                     raise OversizedImage(f"{name}: inflates to more than {limit}; send at most {MAX_MEGAPIXELS} megapixels")

@@ -4,21 +4,18 @@ Read without pixels and without trust: a peer chose these bytes.
 """
 
 from dataclasses import dataclass
-from io import BytesIO
 from pathlib import Path
-from typing import BinaryIO
 
 from blake3 import blake3
-from pydicom import dcmread
 from pydicom.dataset import Dataset
 
+from cxr_ray.bounded_header import read_bounded_header
 from cxr_ray.errors import CxrRayError
 
 _LONGEST_UID = 64
 # 128 bits: nobody makes two data sets that this takes for one.
 CONTENT_DIGITS = 32
 _PREFIX_BYTES = 132
-_IDENTIFIERS = ["StudyInstanceUID", "SeriesInstanceUID", "PatientID", "AccessionNumber", "StudyDate"]
 _UIDS = ("sop_instance_uid", "study_instance_uid", "series_instance_uid")
 
 
@@ -42,13 +39,12 @@ def instance_names(file: bytes | Path, name: str = "instance") -> InstanceNames:
     Raises
     ------
     CxrRayError
-        When it is no DICOM Part 10 file, or names no study, series or instance.
+        When it is no DICOM Part 10 file, its header does not end within bounds, or it names no study, series or instance.
     OSError
         When it cannot be read.
     """
-    stream: BinaryIO | Path = BytesIO(file) if isinstance(file, bytes) else file
+    data_set = read_bounded_header(file, name)
     try:
-        data_set = dcmread(stream, stop_before_pixels=True, specific_tags=_IDENTIFIERS)
         meta = data_set.file_meta
         names = InstanceNames(
             sop_class_uid=_plain(meta, "MediaStorageSOPClassUID") or "",
@@ -60,8 +56,6 @@ def instance_names(file: bytes | Path, name: str = "instance") -> InstanceNames:
             study_date=_plain(data_set, "StudyDate"),
             calling_ae=_plain(meta, "SourceApplicationEntityTitle"),
         )
-    except OSError:
-        raise
     # A peer chose these bytes, and a parser has no closed list of ways to fail on them.
     except Exception as error:
         raise CxrRayError(f"{name}: not readable as DICOM ({type(error).__name__}); send the instance again") from error

@@ -6,6 +6,7 @@ import struct
 import subprocess
 import sys
 import time
+import zlib
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -19,6 +20,7 @@ from pydicom.uid import ExplicitVRLittleEndian, generate_uid
 CR = "1.2.840.10008.5.1.4.1.1.1"
 VERIFICATION = "1.2.840.10008.1.1"
 EXPLICIT, IMPLICIT = "1.2.840.10008.1.2.1", "1.2.840.10008.1.2"
+DEFLATED = "1.2.840.10008.1.2.1.99"
 
 
 def instance(**elements: object) -> pydicom.Dataset:
@@ -51,6 +53,15 @@ def data_set(content: pydicom.Dataset) -> bytes:
 
 def data_set_of(file: bytes) -> bytes:
     return file[144 + int.from_bytes(file[140:144], "little") :]
+
+
+def deflated(data: bytes, mebibytes: int = 0) -> bytes:
+    """A data set, deflated; it goes on with so many MiB of zeros, which take a kilobyte each."""
+    deflater = zlib.compressobj(9, wbits=-zlib.MAX_WBITS)
+    begun = deflater.compress(data) + deflater.flush(zlib.Z_FULL_FLUSH)
+    # A full flush refers to nothing before it, so that what lies between two of them can be repeated.
+    zeros = deflater.compress(bytes(1 << 20)) + deflater.flush(zlib.Z_FULL_FLUSH)
+    return begun + zeros * mebibytes + deflater.flush()
 
 
 def pdu(kind: int, body: bytes) -> bytes:

@@ -6,8 +6,9 @@ What docs/conformance.md states of classes, syntaxes, roles and statuses is trie
 import json
 import os
 import urllib.request
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import closing
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import httpx
@@ -25,6 +26,7 @@ from cxr_ray.errors import CxrRayError, UsageError
 from cxr_ray.transfer_syntaxes import DEFLATED, EXPLICIT_BIG_ENDIAN, TRANSFER_SYNTAXES
 from serve.instance_names import content_digest
 from serve.node.listener import Listener, ListenerSettings
+from serve.node.node import NodeSettings, dicom_node
 from serve.node.sop_classes import STORAGE_CLASSES
 from serve.node.spool import Spool, Stored
 from serve.node.storage import (
@@ -256,9 +258,25 @@ def test_orthanc_sends_over_tls_and_plain_text(listen, spool: Spool, orthanc: di
     assert [spool.read(name).calling_ae for name in spool.pending()] == ["ORTHANC", "ORTHANC"]
 
 
+@dataclass
+class Asked:
+    """What waits for reports, and those that were taken; `settles` says what becomes of one."""
+
+    open: Callable[[str], bool] = lambda _transaction: True
+    settles: Callable[[str], bool] = lambda _transaction: True
+    reports: list[tuple] = field(default_factory=list)
+
+    def is_open(self, transaction_uid: str) -> bool:
+        return self.open(transaction_uid)
+
+    def report(self, transaction_uid: str, committed: list, failed: list) -> bool:
+        self.reports.append((transaction_uid, committed, failed))
+        return self.settles(transaction_uid)
+
+
 def test_orthanc_reports_commitment_on_its_own_association(listen, orthanc: dict) -> None:
-    reports: list[tuple] = []
-    listener = listen(callbacks={"on_commitment": lambda *report: reports.append(report) or True})
+    asked_for = Asked()
+    listener = listen(callbacks={"commitments": asked_for})
     with closing(orthanc["start"](DicomModalities={"node": ["CXRRAY", "127.0.0.1", listener.port]})) as client:
         kept, lost = instance(), generate_uid()
         assert client.post("/instances", content=part10(kept)).status_code == 200
@@ -273,22 +291,20 @@ def test_orthanc_reports_commitment_on_its_own_association(listen, orthanc: dict
         status, _ = association.send_n_action(asked, 1, StorageCommitmentPushModel, "1.2.840.10008.1.20.1.1")
         assert status.Status == 0x0000
         association.release()
-        until(lambda: reports, "Orthanc's report")
+        until(lambda: asked_for.reports, "Orthanc's report")
     # The archive does not have the other one: 0112, no such object instance.
-    assert reports == [(transaction, [(CR, str(kept.SOPInstanceUID))], [(CR, str(lost), 0x0112)])]
+    assert asked_for.reports == [(transaction, [(CR, str(kept.SOPInstanceUID))], [(CR, str(lost), 0x0112)])]
 
 
 @pytest.mark.parametrize("has_role", [True, False])
 def test_reports_of_commitment_have_their_statuses(listen, has_role: bool) -> None:
-    taken: list[tuple] = []
-
-    def on_commitment(transaction: str, committed: list, failed: list) -> bool:
-        taken.append((transaction, committed, failed))
+    def settles(transaction: str) -> bool:
         if transaction == "1.9":
             raise OSError("gone")
         return transaction == "1.2"
 
-    listener = listen(callbacks={"on_commitment": on_commitment})
+    asked = Asked(lambda transaction: transaction != "1.3", settles)
+    listener = listen(callbacks={"commitments": asked})
     entity = AE("ARCHIVE")
     entity.add_requested_context(StorageCommitmentPushModel)
     role = [build_role(StorageCommitmentPushModel, scp_role=True)] if has_role else []
@@ -299,31 +315,45 @@ def test_reports_of_commitment_have_their_statuses(listen, has_role: bool) -> No
         association.release()
         return
 
-    def report(transaction: str, event: int = 1, uid: str = "1.2.840.10008.1.20.1.1") -> int:
+    def report(transaction: str, event: int = 1, uid: str = "1.2.840.10008.1.20.1.1", instances: int = 1) -> int:
         said = Dataset()
         if transaction:
             said.TransactionUID = transaction
-        said.ReferencedSOPSequence = [Dataset()]
-        said.ReferencedSOPSequence[0].ReferencedSOPClassUID = CR
-        said.ReferencedSOPSequence[0].ReferencedSOPInstanceUID = "1.5"
+        item = Dataset()
+        item.ReferencedSOPClassUID, item.ReferencedSOPInstanceUID = CR, "1.5"
+        said.ReferencedSOPSequence = [item] * instances
         answer, _ = association.send_n_event_report(said, event, StorageCommitmentPushModel, uid)
         return answer.Status
 
     assert report("1.2") == 0x0000
-    assert taken == [("1.2", [(CR, "1.5")], [])]
-    assert report("1.3") == report("1.9") == 0x0110
+    assert asked.reports == [("1.2", [(CR, "1.5")], [])]
+    assert report("1.3") == report("1.9") == report("1.8") == 0x0110
+    # Of the one that is not open nothing was read but its name.
+    assert [transaction for transaction, *_ in asked.reports] == ["1.2", "1.9", "1.8"]
+    assert report("1.2", instances=2000) == 0x0000
+    assert report("1.2", instances=10_000) == 0x0213
     assert report("") == 0x0115
     assert report("1.2", event=3) == 0x0113
     assert report("1.2", uid="1.2.3") == 0x0112
     association.release()
 
 
-def test_without_a_callback_no_commitment_is_negotiated(listen) -> None:
+@pytest.mark.parametrize("commitment", [None, False, True])
+def test_commitment_is_negotiated_where_some_destination_asks_for_it(tmp_path: Path, commitment: bool | None) -> None:
+    destination = {"name": "pacs", "kind": "dicom", "host": "127.0.0.1", "port": 1, "called_ae": "PACS"}
+    settings = NodeSettings(
+        spool=tmp_path / "spool",
+        listener={"port": 0, "min_free_bytes": 0, "drain_seconds": 0},
+        delivery={"destinations": [] if commitment is None else [destination | {"commitment": commitment}]},
+    )
     entity = AE("ARCHIVE")
     entity.add_requested_context(StorageCommitmentPushModel)
-    association = entity.associate("127.0.0.1", listen().port, ae_title="CXRRAY")
-    assert association.accepted_contexts == []
-    association.abort()
+    entity.add_requested_context(CR)
+    with dicom_node(settings, service_url="http://127.0.0.1:1", token=None) as listener:
+        association = entity.associate("127.0.0.1", listener.port, ae_title="CXRRAY")
+        accepted = {context.abstract_syntax for context in association.accepted_contexts}
+        association.abort()
+    assert accepted == ({CR, StorageCommitmentPushModel} if commitment else {CR})
 
 
 def test_everything_else_is_filed_unread_where_that_is_wanted(listen, spool: Spool, file) -> None:

@@ -630,6 +630,8 @@ def test_report_that_makes_no_sense_is_refused(outbox: Outbox) -> None:
     assert registry.handle_event_report(3, explicit, encoded_request(uid, INSTANCES, explicit)) == 0x0115
     assert registry.handle_event_report(1, explicit, b"\x08\x00\x95\x11UI\xff\xff1") == 0x0115
     assert registry.handle_event_report(1, explicit, b"") == 0x0115
+    assert registry.handle_event_report(1, explicit, encoded_request(uid, INSTANCES * 3000, explicit)) == 0x0213
+    assert [registry.is_open(each) for each in (uid, "1.2.3", "../" + uid)] == [True, False, False]
     for syntax in ("1.2.840.10008.1.2", explicit, "1.2.840.10008.1.2.2"):
         encoded = encoded_request(uid, INSTANCES, syntax)
         assert (read_event_report(encoded, syntax).committed, read_event_report(encoded, syntax).failed) == (INSTANCES, [])

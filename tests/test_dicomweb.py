@@ -6,9 +6,12 @@ import httpx
 import pydicom
 import pytest
 from conftest import RunningService
+from dicom_peers import CR, DEFLATED, data_set_of, deflated
 from dicomweb_client import DICOMwebClient
 from phantom_films import VISITS, assert_problem, dicom
 from pydicom.uid import generate_uid
+
+from serve.node.file_meta import FileMeta, encode_head
 
 pytestmark = pytest.mark.ray
 KIND = 'multipart/related; type="application/dicom"; boundary=here'
@@ -123,3 +126,21 @@ def test_broken_messages_are_problems(http: httpx.Client, content: bytes, kind: 
 
 def test_a_picture_is_no_instance(http: httpx.Client) -> None:
     assert_problem(http.post("/v1/instances", files={"image": b"\x89PNG\r\n\x1a\n"}), 415, "no DICOM file")
+
+
+def test_deflate_bombs_are_refused(http: httpx.Client) -> None:
+    """A gigabyte in a megabyte: in the pixels, and before the header has named a study."""
+    film = instance()
+    data, uid = data_set_of(film), str(read(film).SOPInstanceUID)
+    head = encode_head(FileMeta(CR, uid, DEFLATED))
+    pixels, study = data.index(b"\xe0\x7f\x10\x00"), data.index(b"\x20\x00\x0d\x00")
+    endless = b"OW\x00\x00\xfe\xff\xff\xff"
+    large = head + deflated(data[: pixels + 4] + endless, mebibytes=1000)
+    nameless = head + deflated(data[:study] + b"\x09\x00\x01\x10" + endless, mebibytes=1000)
+    assert_problem(http.post("/v1/instances", files={"image": large}), 413, "inflates to more than")
+    assert_problem(http.post("/v1/instances", files={"image": nameless}), 400, "its header does not end within")
+    answer = http.post("/dicom-web/studies", content=related(large, nameless), headers={"Content-Type": KIND})
+    assert answer.status_code == 409
+    reasons = [item.FailureReason for item in pydicom.Dataset.from_json(answer.json()).FailedSOPSequence]
+    assert reasons == [0xA700, 0xC000]
+    assert http.post("/v1/instances", files={"image": head + deflated(data)}).status_code == 200

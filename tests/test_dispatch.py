@@ -14,6 +14,7 @@ import subprocess
 import sys
 import threading
 import time
+import tracemalloc
 from collections.abc import Awaitable, Callable
 from datetime import UTC, datetime, timedelta
 from email.utils import format_datetime
@@ -24,6 +25,8 @@ import pydicom
 import pytest
 import uvicorn
 from conftest import require_program, run_peer
+from dicom_peers import DEFLATED, deflated, instance, part10
+from dicom_peers import data_set as data_set_of
 from fastapi import FastAPI, Request, Response
 from fastapi.responses import JSONResponse
 from pydicom.dataset import Dataset, FileMetaDataset
@@ -341,6 +344,32 @@ def test_unreadable_file_is_a_dead_letter(dispatch, service: Service, spool: Spo
     until(spool.dead_letters)
     assert "not readable as DICOM" in spool.dead_letters()[0].reason
     assert service.count == 0
+
+
+def test_what_cannot_be_read_within_bounds_is_a_dead_letter(dispatch, service: Service, spool: Spool) -> None:
+    """As it may lie in the spool of an earlier version, whose process it ended, and that of the next."""
+    whole = instance()
+    head, data = Origin(CR, "1.2.3", DEFLATED).file_head(), data_set_of(whole)
+    begun = data[: data.index(b"\x20\x00\x0d\x00")]
+    private = b"\x09\x00\x01\x10UN\x00\x00"
+    spool.path("deflated.dcm").write_bytes(head + deflated(begun + private + b"\xfe\xff\xff\xff", mebibytes=1000))
+    items = b"\xff\xff\xff\xff" + b"\xfe\xff\x00\xe0\x00\x00\x00\x00" * 1_000_000
+    spool.path("items.dcm").write_bytes(part10(whole).replace(data, begun + private + items))
+    # Not for ever waited for, as a disk that fails is.
+    spool.path("cut-off.dcm").write_bytes(part10(whole).replace(data, begun + private + items[:12]))
+    tracemalloc.start()
+    dispatch()
+    until(lambda: len(spool.dead_letters()) == 3, seconds=30)
+    _, peak = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert peak < 120 << 20
+    reasons = {letter.name: letter.reason for letter in spool.dead_letters()}
+    assert reasons["deflated.dcm"] == "deflated.dcm: its header does not end within 16777216 bytes; mend the sender"
+    assert reasons["items.dcm"] == "items.dcm: its header has too many elements and items; mend the sender"
+    assert reasons["cut-off.dcm"].startswith("cut-off.dcm: not readable as DICOM")
+    assert (service.count, spool.pending()) == (0, [])
+    done_after = put(spool)
+    until(lambda: done(spool) == [done_after])
 
 
 def test_crash_after_commit_brings_the_instance_again(dispatch, service: Service, spool: Spool) -> None:

@@ -4,6 +4,7 @@ Every byte is written by the test. What a hostile peer gets is at most an abort 
 served all the time, and that nothing of the others is left behind.
 """
 
+import json
 import logging
 import resource
 import socket
@@ -11,7 +12,6 @@ import ssl
 import struct
 import threading
 import time
-import zlib
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from pathlib import Path
@@ -19,6 +19,7 @@ from pathlib import Path
 import pytest
 from dicom_peers import (
     CR,
+    DEFLATED,
     ECHO,
     EXPLICIT,
     IMPLICIT,
@@ -27,8 +28,10 @@ from dicom_peers import (
     Wire,
     command,
     data_set,
+    deflated,
     instance,
     item,
+    listener_process,
     make_certificates,
     p_data,
     pdu,
@@ -42,8 +45,17 @@ from prometheus_client import CollectorRegistry
 
 from serve.node.data_set_head import class_and_instance
 from serve.node.listener import Listener, ListenerSettings
-from serve.node.spool import Spool
-from serve.node.storage import CANNOT_UNDERSTAND, NO_INSTANCE_UID, NOT_THE_SOP_CLASS
+from serve.node.spool import Origin, Spool, Stored
+from serve.node.storage import (
+    CANNOT_UNDERSTAND,
+    INFLATES_TOO_FAR,
+    NO_INSTANCE_UID,
+    NOT_THE_SOP_CLASS,
+    PROCESSING_FAILURE,
+    StoreRefused,
+    store_part10,
+)
+from serve.spooled_intake import SpooledIntake
 
 CONTEXTS = ((1, CR, EXPLICIT), (3, VERIFICATION, IMPLICIT))
 
@@ -241,9 +253,114 @@ def test_sequences_before_the_uids_are_stepped_over() -> None:
         assert class_and_instance(head + DATA, EXPLICIT) == (CR, UID)
     with pytest.raises(ValueError, match="not deflated"):
         class_and_instance(b"\xff" * 100, "1.2.840.10008.1.2.1.99")
-    bomb = zlib.compressobj(wbits=-zlib.MAX_WBITS)
-    deflated = bomb.compress(DATA + bytes(200_000_000)) + bomb.flush()
-    assert class_and_instance(deflated, "1.2.840.10008.1.2.1.99") == (CR, UID)
+    assert class_and_instance(deflated(DATA, mebibytes=200), DEFLATED) == (CR, UID)
+
+
+def deflated_store(uid: str, data: bytes) -> bytes:
+    """The PDUs of a C-STORE on a context of the deflated syntax."""
+    parts = [data[start : start + 100_000] for start in range(0, len(data), 100_000)]
+    sent = p_data(pdv(5, 3, store_command(uid)))
+    return sent + b"".join(p_data(pdv(5, 2 if part is parts[-1] else 0, part)) for part in parts)
+
+
+def associated_deflated(port: int) -> Wire:
+    wire = Wire(port).send(request(*CONTEXTS, (5, CR, DEFLATED)))
+    assert wire.read()[0] == 2
+    return wire
+
+
+def peak_mib(pid: int) -> float:
+    status = Path(f"/proc/{pid}/status").read_text()
+    return int(status.partition("VmHWM:")[2].split()[0]) / 1024
+
+
+def endless(data: bytes) -> bytes:
+    """A data set whose pixels do not end."""
+    at = data.index(struct.pack("<HH", 0x7FE0, 0x0010))
+    return data[:at] + struct.pack("<HH2s2xL", 0x7FE0, 0x0010, b"OW", 0xFFFFFFFE)
+
+
+def test_a_deflate_bomb_is_refused_in_constant_memory(tmp_path: Path) -> None:
+    """A gigabyte in a megabyte; the honest film after it, deflated too, is taken."""
+    bomb = deflated(endless(DATA), mebibytes=1000)
+    assert len(bomb) < 2_000_000
+    spool = Spool(tmp_path / "spool")
+    settings = json.dumps({"port": 0, "min_free_bytes": 0})
+    with listener_process(spool.root, settings) as (process, port), associated_deflated(port) as wire:
+        assert wire.send(deflated_store(UID, deflated(DATA))).status() == 0x0000
+        before = peak_mib(process.pid)
+        for _ in range(3):
+            assert wire.send(deflated_store(UID, bomb)).status() == INFLATES_TOO_FAR
+        assert peak_mib(process.pid) < before + 16
+        other = data_set(instance(SOPInstanceUID="1.2.3.5"))
+        assert wire.send(deflated_store("1.2.3.5", deflated(other))).status() == 0x0000
+    assert {spool.read(name).sop_instance_uid for name in spool.pending()} == {UID, "1.2.3.5"}
+    assert not list((spool.root / "incoming").iterdir())
+
+
+def test_a_data_set_may_inflate_to_what_may_be_sent(listen, spool: Spool) -> None:
+    data, most = deflated(DATA, mebibytes=1), len(DATA) + (1 << 20)
+    with associated_deflated(listen(max_object_bytes=most - 1).port) as wire:
+        assert wire.send(deflated_store(UID, data)).status() == INFLATES_TOO_FAR
+    assert spool.pending() == []
+    with associated_deflated(listen(max_object_bytes=most).port) as wire:
+        assert wire.send(deflated_store(UID, data)).status() == 0x0000
+
+
+def test_a_deflate_bomb_in_a_file_over_http_is_refused_too(spool: Spool, listen) -> None:
+    listener = listen()
+    begun = Origin(CR, UID, DEFLATED).file_head()
+    bomb = begun + deflated(endless(DATA), mebibytes=200)
+    for store in (
+        lambda: store_part10(listener.storage, bomb),
+        lambda: SpooledIntake(spool.root, listener.storage.rules).take(bomb, study_uid=None, address="192.0.2.7"),
+    ):
+        with pytest.raises(StoreRefused) as refused:
+            store()
+        assert refused.value.status == INFLATES_TOO_FAR
+        assert len(refused.value.comment) <= 64
+    # Of another study than it is sent to: its header is read before it is stored.
+    no_header = begun + deflated(DATA[: DATA.index(b"CR")] + struct.pack("<HH2s2xL", 9, 1, b"OB", 0xFFFFFFFE), mebibytes=200)
+    with pytest.raises(StoreRefused) as refused:
+        SpooledIntake(spool.root, listener.storage.rules).take(no_header, study_uid="1.2", address="192.0.2.7")
+    assert refused.value.status == CANNOT_UNDERSTAND
+    assert spool.pending() == list((spool.root / "incoming").iterdir()) == []
+    assert store_part10(listener.storage, begun + deflated(DATA))[0] is Stored.NEW
+
+
+@pytest.mark.parametrize("data", [deflated(DATA)[:-8], deflated(DATA)[:-800] + b"\xff" * 800], ids=["cut off", "damaged"])
+def test_what_cannot_be_inflated_is_not_promised(listen, spool: Spool, data: bytes) -> None:
+    with associated_deflated(listen().port) as wire:
+        assert wire.send(deflated_store(UID, data)).status() == CANNOT_UNDERSTAND
+        assert wire.send(deflated_store(UID, deflated(DATA))).status() == 0x0000
+    assert len(spool.pending()) == 1
+
+
+def test_what_fails_here_is_no_verdict_on_the_instance(listen, spool: Spool, monkeypatch, caplog) -> None:
+    """And is sent again; nor does it fill the log."""
+
+    def failing(*_: object) -> None:
+        raise ValueError("a defect of ours")
+
+    listener = listen()
+    monkeypatch.setattr(spool, "keep", failing)
+    with associated(listener) as wire:
+        for _ in range(20):
+            assert wire.send(*store_pdus(instance())).status() == PROCESSING_FAILURE
+        monkeypatch.undo()
+        assert wire.send(*store_pdus(instance())).status() == 0x0000
+    assert len(spool.pending()) == 1
+    assert caplog.text.count("127.0.0.1: instance not stored: ValueError") == 1
+    assert caplog.text.count("C-STORE refused with 0x0110") == 1
+
+
+def test_refusals_do_not_fill_the_log(listen, caplog) -> None:
+    with associated(listen()) as wire:
+        for _ in range(50):
+            assert wire.send(p_data(pdv(1, 3, store_command("x"))), p_data(pdv(1, 2, DATA))).status() == NO_INSTANCE_UID
+            assert wire.send(p_data(pdv(1, 3, store_command("1.9"))), p_data(pdv(1, 2, DATA))).status() == NOT_THE_SOP_CLASS
+    assert caplog.text.count("C-STORE refused with 0xC102") == 1
+    assert caplog.text.count("C-STORE refused with 0xA900") == 1
 
 
 def test_messages_in_single_bytes_and_in_one_piece_are_the_same(listen, spool: Spool) -> None:

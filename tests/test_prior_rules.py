@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 from archives import film, match_of, report, until
+from dicom_peers import DEFLATED, data_set_of, deflated
 from pydantic import ValidationError
 from pydicom.dataset import Dataset
 from pydicom.uid import generate_uid
@@ -18,6 +19,7 @@ from cxr_ray.errors import UsageError
 from cxr_ray.findings import FINDINGS
 from serve.node.bounded import Breaker, Remembered
 from serve.node.deadline import Aside, Deadline, DeadlineError
+from serve.node.file_meta import FileMeta, encode_head
 from serve.node.prior_query import (
     ArchiveError,
     EarlierStudy,
@@ -119,6 +121,21 @@ def test_results_that_do_not_count() -> None:
     group.append(report(earlier, FINDINGS).ContentSequence[0].ContentSequence[0].ContentSequence[-1])
     assert read(both_ways, earlier) is None
     assert read_result(b"no DICOM", EarlierStudy("1.2", date(2019, 1, 1), ""), QUESTION, "cxr-ray") is None
+
+
+def test_a_report_of_very_many_items_is_not_read() -> None:
+    earlier = film("P1", "20190101")
+    study = EarlierStudy(str(earlier.StudyInstanceUID), date(2019, 1, 1), "")
+    good = report(earlier, ("Mass",))
+    for undefined in (False, True):
+        many = report(earlier, ("Mass",))
+        many["ContentSequence"].is_undefined_length = undefined
+        assert read_result(file_of(many), study, QUESTION, "cxr-ray") is not None
+        many.ContentSequence.extend(Dataset() for _ in range(100_000))
+        assert read_result(file_of(many), study, QUESTION, "cxr-ray") is None
+    head = encode_head(FileMeta("1.2.840.10008.5.1.4.1.1.88.34", "1.2.3", DEFLATED))
+    assert read_result(head + deflated(data_set_of(file_of(good))), study, QUESTION, "cxr-ray") is not None
+    assert read_result(head + deflated(data_set_of(file_of(good)), mebibytes=100), study, QUESTION, "cxr-ray") is None
 
 
 def test_parts_of_a_message() -> None:

@@ -11,7 +11,7 @@ import time
 import uuid
 from pathlib import Path
 from types import TracebackType
-from typing import Self
+from typing import BinaryIO, Self
 
 from blake3 import blake3
 
@@ -46,6 +46,7 @@ class Arrival:
         self.head = b""
         self._hash = blake3()
         self._fragments: list[bytes | memoryview] = [file_head]
+        self._start = len(file_head)
         self._written = self._written_back = 0
         self._descriptor, self._path = _locked_file(incoming)
 
@@ -76,6 +77,18 @@ class Arrival:
     def digest(self) -> str:
         """BLAKE3 of what was flushed, to 128 bits, as `serve.instance_names.short_digest`."""
         return self._hash.hexdigest()[:CONTENT_DIGITS]
+
+    def written(self) -> BinaryIO:
+        """What was flushed of the data set, to be read back; closed by the caller.
+
+        Raises
+        ------
+        OSError
+            When the file cannot be opened.
+        """
+        stream = self._path.open("rb")
+        stream.seek(self._start)
+        return stream
 
     def sync(self) -> None:
         """Force the file to disk.

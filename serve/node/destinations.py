@@ -189,6 +189,11 @@ class DeliverySettings(_Settings):
         0, ge=0, description="How long parcels are kept whose destination is no longer in the settings; 0: forever."
     )
 
+    @property
+    def asks_for_commitment(self) -> bool:
+        """Whether some destination is asked for storage commitment."""
+        return any(isinstance(each, DicomDestination) and each.commitment is not None for each in self.destinations)
+
     @model_validator(mode="after")
     def _names_differ(self) -> Self:
         names = [destination.name for destination in self.destinations]

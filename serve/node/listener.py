@@ -24,7 +24,7 @@ from prometheus_client import CollectorRegistry
 from cxr_ray.errors import CxrRayError
 from serve.logs import raised_at
 from serve.node.association import Admission, Association, Outcome
-from serve.node.commitment_report import CommitmentCallback, CommitmentReports
+from serve.node.commitment_report import CommitmentReports, Commitments
 from serve.node.connection import Connection, ConnectionGone, WrongTransport
 from serve.node.connections import Connections
 from serve.node.listener_settings import ListenerSettings
@@ -58,8 +58,8 @@ class Listener:
     on_association_end : callable, optional
         Called when an association ends, however it does, with the calling AE title, the peer's address, and the spool's
         names of the instances that it newly stored; must return soon.
-    on_commitment : callable, optional
-        Told what an archive reports of storage commitment, see `CommitmentReports`; without it, none is accepted.
+    commitments : Commitments, optional
+        Told what an archive reports of storage commitment; without it, the service class is not accepted.
     registry : prometheus_client.CollectorRegistry, optional
         Where to count; served on `metrics_port`.
     """
@@ -70,7 +70,7 @@ class Listener:
         spool: Spool,
         on_stored: Callable[[], None] | None = None,
         on_association_end: Callable[[str, str, list[str]], None] | None = None,
-        on_commitment: CommitmentCallback | None = None,
+        commitments: Commitments | None = None,
         registry: CollectorRegistry | None = None,
     ) -> None:
         self._settings = settings
@@ -79,7 +79,7 @@ class Listener:
         self._metrics = ReceivingMetrics(self._registry)
         rules = StorageRules(settings.max_object_bytes, settings.min_free_bytes, settings.accept_all)
         self._storage = Storage(rules, spool, self._metrics, on_stored)
-        reports = [CommitmentReports(on_commitment)] if on_commitment else []
+        reports = [CommitmentReports(commitments)] if commitments else []
         self._services = Services(Verification(), self._storage, *reports)
         self._connections = Connections(settings.max_connections, settings.max_associations)
         self._metrics.watch(spool, lambda: self._connections.associations, lambda: self._connections.pending)

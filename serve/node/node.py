@@ -88,7 +88,7 @@ def dicom_node(settings: NodeSettings, *, service_url: str | None, token: str | 
             spool,
             dispatcher.notify,
             on_association_end=(lambda *_association: assembler.notify()) if assembler else None,
-            on_commitment=commitments.report,
+            commitments=commitments if settings.delivery.asks_for_commitment else None,
             registry=registry,
         )
         yield stack.enter_context(listener)

@@ -12,10 +12,10 @@ from datetime import date, datetime
 from pathlib import Path
 from typing import Protocol, Self
 
-from pydicom import dcmread
 from pydicom.dataset import Dataset
 from pydicom.multival import MultiValue
 
+from cxr_ray.bounded_header import read_bounded_header
 from cxr_ray.dicom_values import code_strings, text
 from cxr_ray.errors import CxrRayError
 from cxr_ray.frontal_chest import RADIOGRAPH_MODALITIES, check_frontal_chest
@@ -100,7 +100,10 @@ def question_of(path: Path) -> Question:
         When it is no frontal chest film: then it is not answered either.
     """
     try:
-        header = dcmread(path, stop_before_pixels=True)
+        header = read_bounded_header(path, "film")
+    except (CxrRayError, OSError):
+        raise NotAskedError("the film's header cannot be read") from None
+    try:
         check_frontal_chest(header, "film")
         patient = patient_id(header)
         issuer, birth = text(header, "IssuerOfPatientID"), text(header, "PatientBirthDate")

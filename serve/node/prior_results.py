@@ -5,13 +5,12 @@ its probability, and whether that was called present at the threshold of its day
 as it does for answers that the service keeps: a later model's thresholds say nothing of an older model's probabilities.
 """
 
-import io
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
-from pydicom import dcmread
 from pydicom.dataset import Dataset
 
+from cxr_ray.bounded_header import Bounds, read_bounded_header
 from cxr_ray.dicom_values import text, whole_number
 from cxr_ray.findings import CODES, FINDINGS
 from serve.node.prior_query import EarlierStudy, Question, is_of
@@ -25,8 +24,9 @@ _SCALES = {(("122157", "DCM"), ("1", "UCUM")): 1.0, (("111012", "DCM"), ("%", "U
 _PRESENT = {("52101004", "SCT"), ("G-A203", "SRT")}
 _ABSENT = {("272519000", "SCT"), ("2667000", "SCT"), ("G-A206", "SRT")}
 _FINDING_OF = {(code.value, code.scheme): name for name, code in CODES.items()}
-# A report of ours has some hundreds; what has more is not read to its end.
+# A report of ours has some hundreds of items in 60 kB; what has more is not read to its end.
 _MOST_ITEMS = 20_000
+_REPORT_BOUNDS = Bounds(most_bytes=2 * 1024**2, most_steps=100_000, longest_value=1024**2)
 
 
 @dataclass(frozen=True)
@@ -65,7 +65,7 @@ def read_result(file: bytes, study: EarlierStudy, question: Question, manufactur
         By which a report is known as one's own; case does not matter.
     """
     try:
-        report = dcmread(io.BytesIO(file))
+        report = read_bounded_header(file, "report", _REPORT_BOUNDS)
         if not _is_ours(report, study, question, manufacturer):
             return None
         findings = _findings(report)

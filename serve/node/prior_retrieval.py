@@ -1,10 +1,8 @@
 """From an earlier study in the archive to what can be told of it: this software's own result, or its frontal chest films."""
 
-import io
 from dataclasses import dataclass
 
-from pydicom import dcmread
-
+from cxr_ray.bounded_header import read_bounded_header
 from cxr_ray.errors import CxrRayError
 from cxr_ray.frontal_chest import check_frontal_chest
 from serve.node.deadline import DeadlineError
@@ -96,7 +94,7 @@ class Retrieval:
     def _is_prior(self, file: bytes, study: EarlierStudy) -> bool:
         """Whether this is a frontal chest film of the study and the patient that were asked for, as its own header says."""
         try:
-            header = dcmread(io.BytesIO(file), stop_before_pixels=True)
+            header = read_bounded_header(file, "prior")
             if not is_of(header, self._question) or str(header.StudyInstanceUID) != study.study_uid:
                 return False
             # History counts by this date: one that differs from the archive's answer must not put the film elsewhere.

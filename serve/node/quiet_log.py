@@ -1,4 +1,4 @@
-"""Warnings about peers, once a minute for each kind and address: who floods the node shall not flood its log."""
+"""What is told of peers, once a minute for each kind and address: who floods the node shall not flood its log."""
 
 import logging
 import threading
@@ -9,7 +9,7 @@ _MOST_KINDS = 1024
 
 
 class QuietLog:
-    """Lets a warning through once in a while.
+    """Lets a message through once in a while.
 
     Parameters
     ----------
@@ -24,6 +24,13 @@ class QuietLog:
 
     def warning(self, address: str, words: str, *arguments: object) -> None:
         """Warn of what `address` did, in `words` that are its kind; later ones say how many were left out."""
+        self._say(logging.WARNING, address, words, *arguments)
+
+    def error(self, address: str, words: str, *arguments: object) -> None:
+        """Tell what failed here for `address`, as `warning` does."""
+        self._say(logging.ERROR, address, words, *arguments)
+
+    def _say(self, level: int, address: str, words: str, *arguments: object) -> None:
         kind = (address, words)
         now = time.monotonic()
         with self._guard:
@@ -35,4 +42,4 @@ class QuietLog:
         if not is_due:
             return
         more = f" ({left_out} more of these since)" if left_out else ""
-        self._log.warning("%s: " + words + "%s", address, *arguments, more)
+        self._log.log(level, "%s: " + words + "%s", address, *arguments, more)

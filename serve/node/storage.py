@@ -9,27 +9,32 @@ References: PS3.4 table B.2-1 (statuses of C-STORE).
 import logging
 import re
 import time
+import zlib
 from collections.abc import Callable
 from dataclasses import dataclass
 
 from cxr_ray.errors import CxrRayError
-from cxr_ray.transfer_syntaxes import TRANSFER_SYNTAXES
+from cxr_ray.inflating import inflated_parts
+from cxr_ray.transfer_syntaxes import DEFLATED, TRANSFER_SYNTAXES
 from serve.node.arrival import Arrival
 from serve.node.data_set_head import class_and_instance
 from serve.node.dimse import Answer, Command, CommandField, Tag
 from serve.node.file_meta import split_part10
 from serve.node.pdu import RoleSelection
+from serve.node.quiet_log import QuietLog
 from serve.node.receiving_metrics import ReceivingMetrics
 from serve.node.services import Context, IncomingMessage, Peer
 from serve.node.sop_classes import STORAGE_CLASSES, is_storage
 from serve.node.spool import Origin, Spool, Stored, name_of
 
 SUCCESS = 0x0000
+PROCESSING_FAILURE = 0x0110
 OUT_OF_RESOURCES = 0xA700
 NOT_THE_SOP_CLASS = 0xA900
 CANNOT_UNDERSTAND = 0xC000
 TOO_LARGE = 0xC101
 NO_INSTANCE_UID = 0xC102
+INFLATES_TOO_FAR = 0xC103
 
 _UID = re.compile(r"[0-9.]{1,64}")
 _LOW_DISK = "disk is low; send it again later"
@@ -60,7 +65,7 @@ class StorageRules:
     Attributes
     ----------
     max_object_bytes
-        Longest data set.
+        Longest data set, as it is sent and as it is read.
     min_free_bytes
         Free disk below which nothing is taken; 0: off.
     accept_all
@@ -94,6 +99,7 @@ class Storage:
         self.spool = spool
         self.metrics = metrics
         self.on_stored = on_stored
+        self.warnings = QuietLog(_log)
 
     def transfer_syntaxes(self, abstract_syntax: str, proposed: tuple[str, ...]) -> tuple[str, ...] | None:
         """See `serve.node.services.Service`."""
@@ -149,6 +155,8 @@ class Storage:
             stored = self.spool.file_unread(arrival, origin)
         else:
             _check_identity(arrival.head, origin)
+            if origin.transfer_syntax_uid == DEFLATED:
+                _check_inflated(arrival, self.rules.max_object_bytes)
             stored = self.spool.keep(arrival, origin)
             if stored is Stored.NEW and self.on_stored:
                 self.on_stored()
@@ -263,11 +271,13 @@ class _Instance:
             self._fail(error)
         # Whatever is wrong with it or with us, the peer is owed a status that says that nothing was promised.
         except Exception as error:  # noqa: BLE001
-            _log.error("instance not stored: %s", type(error).__name__)
-            self._refused = StoreRefused(CANNOT_UNDERSTAND, "cannot be processed")
+            self._storage.warnings.error(self._peer.address, "instance not stored: %s", type(error).__name__)
+            # Not one of Cxxx, which archives take for a verdict on the instance.
+            self._refused = StoreRefused(PROCESSING_FAILURE, "failed here; send it again")
         answer = Answer(self._refused.status, self._refused.comment) if self._refused else Answer(SUCCESS)
         if self._refused:
-            _log.warning("C-STORE refused with %s; from %r", self._refused, self._peer.calling_ae)
+            words = f"C-STORE refused with {self._refused}; from %r"
+            self._storage.warnings.warning(self._peer.address, words, self._peer.calling_ae)
         self._storage.metrics.answered(answer.status, time.perf_counter() - self._began)
         return answer
 
@@ -281,7 +291,7 @@ class _Instance:
         self.close()
 
     def _fail(self, error: OSError) -> None:
-        _log.error("instance not stored: %s", error.strerror)
+        self._storage.warnings.error(self._peer.address, "instance not stored: %s", error.strerror)
         self._refuse(StoreRefused(OUT_OF_RESOURCES, "cannot be written now; send it again"))
 
 
@@ -294,3 +304,16 @@ def _check_identity(head: bytes, origin: Origin) -> None:
         raise StoreRefused(NO_INSTANCE_UID, "SOP Instance UID is missing in the data set")
     if (sop_class, sop_instance) != (origin.sop_class_uid, origin.sop_instance_uid):
         raise StoreRefused(NOT_THE_SOP_CLASS, "SOP class or instance UID differs from the data set")
+
+
+def _check_inflated(arrival: Arrival, most_bytes: int) -> None:
+    """Inflate what has arrived once and keep nothing of it: whoever reads it later may have to hold it whole."""
+    inflated = 0
+    try:
+        with arrival.written() as data_set:
+            for part in inflated_parts(data_set):
+                inflated += len(part)
+                if inflated > most_bytes:
+                    raise StoreRefused(INFLATES_TOO_FAR, f"data set inflates to more than {most_bytes} bytes")
+    except zlib.error:
+        raise StoreRefused(CANNOT_UNDERSTAND, "data set cannot be inflated") from None

@@ -29,8 +29,11 @@ from serve.node.outbox import Outbox
 STORAGE_COMMITMENT = "1.2.840.10008.1.20.1"
 SUCCESS = 0x0000
 PROCESSING_FAILURE = 0x0110
+RESOURCE_LIMITATION = 0x0213
 NO_SUCH_OBJECT_INSTANCE = 0x0112
 INVALID_ARGUMENT = 0x0115
+# A transaction of ours has a handful of instances, of some 120 bytes each; a parser takes thirty times as much memory.
+LONGEST_REPORT = 256 * 1024
 _REPORT = ".report.json"
 _IMPLICIT = "1.2.840.10008.1.2"
 _BIG_ENDIAN = "1.2.840.10008.1.2.2"
@@ -99,6 +102,16 @@ class CommitmentRegistry:
         write_durably(self._folder(destination) / f"{_digest(uid)}.json", transaction.model_dump_json().encode())
         return uid
 
+    def is_open(self, transaction_uid: str) -> bool:
+        """Whether a destination was asked under this UID and is waited for.
+
+        Raises
+        ------
+        OSError
+            When the outbox cannot be read.
+        """
+        return self._asked(transaction_uid) is not None
+
     def report(
         self, transaction_uid: str, committed: Iterable[tuple[str, str]], failed: Iterable[tuple[str, str, int]]
     ) -> bool:
@@ -121,17 +134,16 @@ class CommitmentRegistry:
         OSError
             When the answer cannot be kept; the peer has to report again.
         """
-        digest = _digest(transaction_uid)
-        for destination in self._outbox.destinations():
-            folder = self._outbox.queue(destination).commitments
-            if (folder / f"{digest}.json").exists():
-                report = Report(committed=tuple(committed), failed=tuple(failed))
-                if not (folder / f"{digest}{_REPORT}").exists():
-                    write_durably(folder / f"{digest}{_REPORT}", report.model_dump_json().encode())
-                if self.on_report is not None:
-                    self.on_report(destination)
-                return True
-        return False
+        destination = self._asked(transaction_uid)
+        if destination is None:
+            return False
+        kept = self._folder(destination) / f"{_digest(transaction_uid)}{_REPORT}"
+        if not kept.exists():
+            report = Report(committed=tuple(committed), failed=tuple(failed))
+            write_durably(kept, report.model_dump_json().encode())
+        if self.on_report is not None:
+            self.on_report(destination)
+        return True
 
     def reports(self, destination: str) -> dict[str, list[Report]]:
         """Reports that came in, by parcel; those of one parcel in the order in which they came."""
@@ -175,6 +187,9 @@ class CommitmentRegistry:
         encoded
             Event information.
         """
+        if len(encoded) > LONGEST_REPORT:
+            _log.warning("a storage commitment report is longer than %d bytes", LONGEST_REPORT)
+            return RESOURCE_LIMITATION
         try:
             report = read_event_report(encoded, transfer_syntax)
         except ValueError:
@@ -188,6 +203,10 @@ class CommitmentRegistry:
         if not known:
             _log.warning("a storage commitment report is of no open transaction")
         return SUCCESS if known else INVALID_ARGUMENT
+
+    def _asked(self, transaction_uid: str) -> str | None:
+        name = f"{_digest(transaction_uid)}.json"
+        return next((each for each in self._outbox.destinations() if (self._folder(each) / name).exists()), None)
 
     def _folder(self, destination: str) -> Path:
         return self._outbox.queue(destination).commitments

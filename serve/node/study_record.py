@@ -8,9 +8,9 @@ from urllib.parse import quote
 import httpx
 import numpy as np
 from PIL import Image
-from pydicom import dcmread
 from pydicom.dataset import Dataset
 
+from cxr_ray.bounded_header import read_bounded_header
 from cxr_ray.errors import CxrRayError
 from serve.node.assembly import ServiceAwayError
 from serve.node.results.from_service import image_answer
@@ -28,12 +28,14 @@ def read_image(spool: Spool, name: str) -> ImageAnswer:
     ------
     FileNotFoundError
         When the spool does not hold them any more.
+    CxrRayError
+        When the header cannot be read within bounds.
     ValueError
         When the answer lacks something.
     """
     instance = spool.answers.instance(name)
     return image_answer(
-        dcmread(instance.path, stop_before_pixels=True),
+        read_bounded_header(instance.path, name),
         instance.content_digest,
         json.loads(spool.answers.answer(name)),
         spool.answers.answered_at(name).astimezone(),
