@@ -3,16 +3,17 @@
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
-PEERS := chromium dcmtk default-jre-headless dicom3tools faketime iproute2 openssl orthanc orthanc-dicomweb pixelmed-apps postgresql prometheus
+PEERS := chromium dcmtk default-jre-headless dicom3tools docker-compose faketime iproute2 openssl orthanc orthanc-dicomweb pixelmed-apps postgresql prometheus
 STAMP := $(VENV)/.installed
 export RAY_USAGE_STATS_ENABLED := 0
 
-.PHONY: help install peers demo test lint clean bench-ingest bench-train bench-scores bench-store bench-serve bench-node fuzz-node chaos
+.PHONY: help install peers demo test test-cluster lint clean bench-ingest bench-train bench-scores bench-store bench-serve bench-node fuzz-node chaos
 
 help:
 	@echo "make install   create $(VENV) and install cxr-ray into it"
 	@echo "make demo      the whole way on synthetic radiographs (SERVE=1 leaves the service up)"
 	@echo "make test      lint, types and all tests, with real peers where they can be installed"
+	@echo "make test-cluster   several Ray nodes, also on hosts of their own, cut off, killed and drained; about 25 minutes on 2 cores"
 	@echo "make lint      ruff and mypy only"
 	@echo "make bench-ingest   speed and memory of ingest beside a pool of processes; about 40 minutes on 2 cores"
 	@echo "make bench-train    speed of training beside a bare PyTorch loop, torchrun and a DataLoader; about 30 minutes on 2 quiet cores"
@@ -41,6 +42,9 @@ demo: install
 
 test: install peers lint
 	$(BIN)/python -m pytest
+
+test-cluster: install peers
+	$(BIN)/python -m pytest -m cluster
 
 lint: install
 	$(BIN)/ruff format --check .

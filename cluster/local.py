@@ -29,12 +29,9 @@ _RAY = [sys.executable, "-m", "ray.scripts.scripts"]
 _WITHOUT_HOSTS = "127.0.0.1"
 _SECONDS_TO_GIVE_UP = 60.0
 # Ray takes up to a minute to miss a host that is cut off: whoever tries what happens then should not have to wait for it.
-_FASTER = {
-    "RAY_health_check_period_ms": "1000",
-    "RAY_health_check_timeout_ms": "2000",
-    "RAY_grpc_client_keepalive_time_ms": "5000",
-    "RAY_grpc_client_keepalive_timeout_ms": "5000",
-}
+_FASTER = {"RAY_health_check_period_ms": "1000", "RAY_health_check_timeout_ms": "2000"}
+# As kuberay/base/config/cluster.env has it.
+KEEPALIVE = {"RAY_grpc_client_keepalive_time_ms": "10000", "RAY_grpc_client_keepalive_timeout_ms": "10000"}
 # What the service needs on every node before Ray starts, as kuberay/base/config/serve.env has it; but not its niceness: where
 # several nodes share a machine's CPUs, workers that compute must not keep Ray's own processes from telling that they live.
 SERVE_VARIABLES = {
@@ -254,6 +251,7 @@ def _environment(folder: Path, number: int) -> dict[str, str]:
     temporary.mkdir(exist_ok=True)
     return {name: value for name, value in os.environ.items() if not name.startswith("RAY_")} | {
         **_FASTER,
+        **KEEPALIVE,
         **SERVE_VARIABLES,
         "RAY_AUTH_MODE": "token",
         "RAY_AUTH_TOKEN_PATH": str(folder / "token"),

@@ -28,7 +28,7 @@ from manifests import (
 from orthanc import running_orthanc
 
 from cluster.connection import DEFAULT_ADDRESS
-from cluster.local import DASHBOARD_PORT, GCS_PORT, SERVE_VARIABLES
+from cluster.local import DASHBOARD_PORT, GCS_PORT, KEEPALIVE, SERVE_VARIABLES
 from cxr_ray.settings import load_settings
 from serve.deployment import serve_config
 from serve.node.destinations import DicomDestination
@@ -113,6 +113,11 @@ def test_the_development_cluster_has_the_environment_of_the_others_but_for_its_n
     everywhere = dict(line.split("=") for line in lines if "=" in line)
     del everywhere["RAY_worker_niceness"]
     assert everywhere == SERVE_VARIABLES
+    pods = (KUBERAY / "base/config/cluster.env").read_text().splitlines()
+    assert {f"{name}={value}" for name, value in KEEPALIVE.items()} <= set(pods)
+    for configuration in (CLUSTER / "ray-up").glob("*.yaml"):
+        options = configuration.read_text()
+        assert all(f"--env {name}={value}\n" in options for name, value in KEEPALIVE.items()), configuration
     head = COMPOSE.read_text()
     assert f"--port={GCS_PORT}" in head
     assert f"--dashboard-port={DASHBOARD_PORT}" in head
