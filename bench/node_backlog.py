@@ -37,8 +37,8 @@ IMAGES_A_STUDY = 377_110 / 227_835
 # Bytes, at 2 a pixel, and share of the commonest sizes of ChestX-ray14's originals (its table: 112,120), four fifths of them.
 SIZES = ((2500 * 2048 * 2, 0.409), (2992 * 2991 * 2, 0.196), (3056 * 2544 * 2, 0.158), (2021 * 2021 * 2, 0.039))
 # `study_costs.py chain`: seconds of CPU of a service (2 cores a replica) and of a node, a parcel's way, and its bytes.
-ANSWER_CPU, REFUSAL_CPU, RESULT_CPU, CORES = 0.254, 0.119, 0.365, 2
-RESULT_SECONDS, DELIVERY_SECONDS, PARCEL_BYTES = 0.288, 1 / 14.1, 3.93e6
+ANSWER_CPU, REFUSAL_CPU, RESULT_CPU, CORES = 0.270, 0.116, 0.432, 2
+RESULT_SECONDS, DELIVERY_SECONDS, PARCEL_BYTES = 0.334, 1 / 25.0, 3.93e6
 STUDY_CPU = ANSWER_CPU + (IMAGES_A_STUDY - 1) * REFUSAL_CPU + RESULT_CPU
 
 Spans = tuple[tuple[float, float], ...]
@@ -254,9 +254,7 @@ def _plot(course: Course, path: str) -> None:
     panels[1].plot(hours, between(course.complete, course.delivered, at) / 1e3, label="answered studies without results")
     panels[1].plot(hours, between(course.offered, course.accepted, at) / 1e3, label="films refused, still with their senders")
     panels[2].plot(hours, oldest(course.accepted, course.answered, at) / HOUR, label="age of the oldest film without an answer")
-    panels[2].plot(
-        course.arrived / HOUR, (course.delivered - course.arrived) / HOUR, ".", ms=1, label="study: sent to delivered"
-    )
+    panels[2].plot(course.arrived / HOUR, (course.delivered - course.arrived) / HOUR, ".", ms=1, label="delay of the results")
     panels[3].plot(hours, course.used / 1e12, label="spool")
     if math.isfinite(site.room_bytes):
         panels[3].axhline(site.room_bytes / 1e12, color="tab:red", ls="--", label="full: refused")

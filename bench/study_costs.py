@@ -574,7 +574,7 @@ def _left(root: Path, stored: Path, lateral: int) -> list[_Cost]:
         (
             "spool: a lateral film",
             f"{_entries(root / 'dead') / lateral:.0f} files in dead/",
-            "film and reason; nobody removes them",
+            "film and reason, kept `retention.dead_days`",
         ),
         (
             "results of a study",

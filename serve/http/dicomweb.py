@@ -22,7 +22,7 @@ router = APIRouter(tags=["dicomweb"])
 DICOM_JSON = "application/dicom+json"
 _DICOM = "application/dicom"
 # PS3.4 table B.2-1 and PS3.3 section C.14.1.1: Failure Reason (0008,1197).
-_REASON_OF_STATUS = {400: 0xC000, 409: 0x0111, 413: 0xA700, 415: 0xC000, 422: 0xA900, 503: 0xA700}
+_REASON_OF_STATUS = {400: 0xC000, 409: 0x0111, 413: 0xC101, 415: 0xC000, 422: 0xA900, 503: 0xA700}
 _PROCESSING_FAILURE = 0x0110
 
 
