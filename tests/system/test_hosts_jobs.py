@@ -20,7 +20,7 @@ from ingest.phantom_release import PhantomSettings, make_release
 pytestmark = [pytest.mark.cluster, pytest.mark.timeout(900)]
 
 # An epoch is over in less time than a line of the log takes to get here: several go by before a fault strikes.
-EPOCHS = 12
+EPOCHS = 6
 RELEASE = f"s3://{BUCKET}/release"
 GOING_ON = r"train: going on from the checkpoint after epoch (\d+), (\d+) workers"
 
