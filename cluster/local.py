@@ -155,10 +155,10 @@ def host_of(cluster: LocalCluster, number: int) -> Host:
     SubmitError
         If there is no such node, or it is a plain process.
     """
-    node = _node(cluster, number)
-    if cluster.network is None or node.namespace is None:
+    _node(cluster, number)
+    if (host := _host(cluster, number)) is None:
         raise SubmitError(f"node {number} is a plain process and has no cable; leave --cut out, or start hosts of their own", 2)
-    return cluster.network.hosts[number]
+    return host
 
 
 def kill(cluster: LocalCluster, number: int) -> None:
@@ -173,8 +173,8 @@ def kill(cluster: LocalCluster, number: int) -> None:
     # The number may have been given to somebody else's process since.
     own = _session(node.process) if _start_time(node.process) == node.started else []
     # Ray gives a job's command a session of its own.
-    on_host = cluster.network.hosts[number].processes() if cluster.network and node.namespace else []
-    for process in {*own, *on_host}:
+    host = _host(cluster, number)
+    for process in {*own, *(host.processes() if host else ())}:
         with suppress(ProcessLookupError):
             os.kill(process, signal.SIGKILL)
     with suppress(ChildProcessError):
@@ -192,15 +192,15 @@ def restore(cluster: LocalCluster, number: int) -> LocalCluster:
         If there is no such node, or it does not come up.
     """
     node = _node(cluster, number)
-    host, head = (cluster.network.hosts[number], cluster.network.hosts[0]) if cluster.network else (None, None)
+    host, head = _host(cluster, number), _host(cluster, 0)
     if host is not None:
         host.heal()
     # A node that was given up is told so when it reaches the head again, and ends by itself.
     deadline = time.monotonic() + _SECONDS_TO_GIVE_UP
     while _start_time(node.process) == node.started:
-        if node.address in alive_nodes(cluster).values() and cluster.network is not None:
+        if host is not None and node.address in alive_nodes(cluster).values():
             return cluster
-        if cluster.network is None or time.monotonic() > deadline:
+        if host is None or time.monotonic() > deadline:
             raise SubmitError(f"node {number} at {node.address} runs; 'cxr-ray cluster lose {number}' ends it")
         time.sleep(0.5)
     # What is left of the old cluster; Ray takes it for a head that runs already, as it sees all processes of the machine.
@@ -218,6 +218,10 @@ def _node(cluster: LocalCluster, number: int) -> LocalNode:
     if not 0 <= number < len(cluster.nodes):
         raise SubmitError(f"node {number}: there are nodes 0 (the head) to {len(cluster.nodes) - 1}", 2)
     return cluster.nodes[number]
+
+
+def _host(cluster: LocalCluster, number: int) -> Host | None:
+    return cluster.network.hosts[number] if cluster.network else None
 
 
 def _start(folder: Path, number: int, host: Host | None, head: Host | None, cpus: int, object_store_mb: int) -> LocalNode:

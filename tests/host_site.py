@@ -72,6 +72,14 @@ class Site:
     def token(self) -> str:
         return self.cluster.token_file.read_text()
 
+    def take_away(self, fault: str) -> float:
+        """Have the worker host "killed" or "cut off"; returns the seconds until the head misses it."""
+        if fault == "killed":
+            self.lose(1)
+        else:
+            self.worker.cut()
+        return until(lambda: not self.is_known(self.worker), "the head misses the host")
+
     def lose(self, number: int) -> None:
         kill(self.cluster, number)
 

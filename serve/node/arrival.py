@@ -5,10 +5,8 @@ is locked while it is written: another process that opens the spool removes only
 """
 
 import ctypes
-import fcntl
 import os
 import time
-import uuid
 from pathlib import Path
 from types import TracebackType
 from typing import BinaryIO, Self
@@ -17,6 +15,7 @@ from blake3 import blake3
 
 from serve.instance_names import CONTENT_DIGITS
 from serve.node.data_set_head import HEAD_BYTES
+from serve.node.durable import new_locked_file
 
 _MOST_FRAGMENTS = 256
 _WRITE_BACK_BYTES = 512 * 1024
@@ -48,7 +47,7 @@ class Arrival:
         self._fragments: list[bytes | memoryview] = [file_head]
         self._start = len(file_head)
         self._written = self._written_back = 0
-        self._descriptor, self._path = _locked_file(incoming)
+        self._descriptor, self._path = new_locked_file(incoming)
 
     def add(self, fragment: memoryview | bytes) -> None:
         """Take the next bytes of the data set, which must stay as they are until `flush`."""
@@ -140,18 +139,3 @@ class Arrival:
                 self._descriptor, ctypes.c_int64(self._written_back), ctypes.c_int64(length), _SYNC_FILE_RANGE_WRITE
             )
             self._written_back = self._written
-
-
-def _locked_file(incoming: Path) -> tuple[int, Path]:
-    while True:
-        path = incoming / uuid.uuid4().hex
-        descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
-        try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX)
-            # Between its making and its locking, a process that opens the spool may have taken it for a leftover.
-            if os.fstat(descriptor).st_nlink:
-                return descriptor, path
-        except BaseException:
-            os.close(descriptor)
-            raise
-        os.close(descriptor)

@@ -66,6 +66,30 @@ def write_durably(path: Path, content: bytes) -> None:
     sync_folder(path.parent)
 
 
+def new_locked_file(folder: Path) -> tuple[int, Path]:
+    """Make a file of a name of its own, for its owner alone, and lock it; returns its descriptor and its path.
+
+    Whoever looks for what a dead process left takes only what nobody holds.
+
+    Raises
+    ------
+    OSError
+        When it cannot be made.
+    """
+    while True:
+        path = folder / uuid.uuid4().hex
+        descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX)
+            # Between its making and its locking, somebody who looked may have taken it for a leftover.
+            if os.fstat(descriptor).st_nlink:
+                return descriptor, path
+        except BaseException:
+            os.close(descriptor)
+            raise
+        os.close(descriptor)
+
+
 @contextlib.contextmanager
 def alone(lock: Path, stopping: threading.Event) -> Iterator[bool]:
     """Hold a lock file while inside; waits for it until `stopping`, and yields whether it was got. It dies with its process.

@@ -8,8 +8,9 @@ process that dies lets go of its locks: what it left says nothing any more, and 
 import contextlib
 import fcntl
 import os
-import uuid
 from pathlib import Path
+
+from serve.node.durable import new_locked_file
 
 
 class OpenSender:
@@ -33,7 +34,7 @@ class OpenSender:
         """
         with contextlib.suppress(OSError):
             if self._descriptor < 0:
-                self._open()
+                self._descriptor, self._path = new_locked_file(self._folder)
             os.write(self._descriptor, f"{name}\n".encode())
 
     def close(self) -> None:
@@ -43,17 +44,6 @@ class OpenSender:
                 self._path.unlink(missing_ok=True)
             os.close(self._descriptor)
             self._descriptor, self._path = -1, None
-
-    def _open(self) -> None:
-        while self._path is None:
-            path = self._folder / uuid.uuid4().hex
-            descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_APPEND | os.O_CLOEXEC, 0o600)
-            fcntl.flock(descriptor, fcntl.LOCK_EX)
-            # Between its making and its locking, somebody who looked may have taken it for a leftover.
-            if os.fstat(descriptor).st_nlink:
-                self._descriptor, self._path = descriptor, path
-            else:
-                os.close(descriptor)
 
 
 class OpenSenders:

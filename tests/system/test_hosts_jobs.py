@@ -82,11 +82,7 @@ def test_ingest_loses_a_host_and_no_image(site: Site, undisturbed: tuple[str, fl
         until(lambda: len(files(out)) >= 2 and site.tasks_of(1), "both hosts at work")
         before = files(out)
         struck = time.monotonic()
-        if fault == "killed":
-            site.lose(1)
-        else:
-            site.worker.cut()
-        missed = until(lambda: not site.is_known(site.worker), "the head misses the host")
+        missed = site.take_away(fault)
         assert job.finish() == 0, job.said
         seconds = time.monotonic() - struck
     site.restore(1)
@@ -134,8 +130,7 @@ def test_a_training_loses_a_host_that_is_killed_and_ends_where_the_undisturbed_o
         job.wait_for(f"train: epoch 1/{EPOCHS}")
         assert any("TrainWorker" in title or "train" in title.lower() for title in site.tasks_of(1)), site.tasks_of(1)
         struck = time.monotonic()
-        site.lose(1)
-        missed = until(lambda: not site.is_known(site.worker), "the head misses the host")
+        missed = site.take_away("killed")
         # There is room for one worker of two: the run waits for the host.
         site.restore(1)
         back = time.monotonic() - struck
@@ -165,8 +160,7 @@ def test_an_elastic_training_goes_on_without_a_host_that_is_cut_off_and_grows_ag
         job.wait_for(r"train: training, 2 workers")
         job.wait_for(f"train: epoch 1/{EPOCHS}")
         struck = time.monotonic()
-        site.worker.cut()
-        missed = until(lambda: not site.is_known(site.worker), "the head misses the host")
+        missed = site.take_away("cut off")
         alone = job.wait_for(GOING_ON)
         seconds = time.monotonic() - struck
         assert alone[2] == "1", job.said

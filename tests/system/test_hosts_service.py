@@ -218,11 +218,7 @@ def test_the_service_loses_a_host_and_no_study(
     with Senders(tmp_path / "sent") as senders:
         until(lambda: len(senders.accepted) >= 5 and answered().keys() & senders.accepted.keys(), "studies on their way")
         struck = time.time()
-        if fault == "killed":
-            site.lose(1)
-        else:
-            site.worker.cut()
-        missed = until(lambda: not site.is_known(site.worker), "the head misses the host")
+        missed = site.take_away(fault)
         moved = until(
             lambda: len(replicas(site)) == 4 and {at for _, at in replicas(site)} == {site.head.address}, "4 replicas"
         )
