@@ -77,7 +77,11 @@ def answered(spool: Spool, study: str) -> str:
 
 
 def folder(spool: Spool, name: str) -> str | None:
-    places = [path.parent.name for path in spool.root.glob(f"*/{name}")]
+    # Folder after folder: what moves meanwhile is met twice or not at all, and in one place at the next look.
+    for _ in range(3):
+        places = [path.parent.name for path in spool.root.glob(f"*/{name}")]
+        if len(places) == 1:
+            break
     assert len(places) == 1, places
     return places[0]
 
