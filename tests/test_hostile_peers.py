@@ -347,10 +347,14 @@ def test_what_fails_here_is_no_verdict_on_the_instance(listen, spool: Spool, mon
     with associated(listener) as wire:
         for _ in range(20):
             assert wire.send(*store_pdus(instance())).status() == PROCESSING_FAILURE
+        with pytest.raises(StoreRefused) as refused:
+            store_part10(listener.storage, Origin(CR, UID, EXPLICIT).file_head() + DATA, address="192.0.2.7")
+        assert refused.value.status == PROCESSING_FAILURE
         monkeypatch.undo()
         assert wire.send(*store_pdus(instance())).status() == 0x0000
     assert len(spool.pending()) == 1
     assert caplog.text.count("127.0.0.1: instance not stored: ValueError") == 1
+    assert caplog.text.count("192.0.2.7: instance not stored: ValueError") == 1
     assert caplog.text.count("C-STORE refused with 0x0110") == 1
 
 

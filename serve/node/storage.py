@@ -28,6 +28,7 @@ from serve.node.sop_classes import STORAGE_CLASSES, is_storage
 from serve.node.spool import Origin, Spool, Stored, name_of
 
 SUCCESS = 0x0000
+# Of a defect of ours: not one of Cxxx, which archives take for a verdict on the instance.
 PROCESSING_FAILURE = 0x0110
 OUT_OF_RESOURCES = 0xA700
 NOT_THE_SOP_CLASS = 0xA900
@@ -38,6 +39,8 @@ INFLATES_TOO_FAR = 0xC103
 
 _UID = re.compile(r"[0-9.]{1,64}")
 _LOW_DISK = "disk is low; send it again later"
+_NOT_WRITTEN = "cannot be written now; send it again"
+_FAILED = "failed here; send it again"
 
 _log = logging.getLogger(__name__)
 
@@ -186,8 +189,8 @@ def store_part10(storage: Storage, file: bytes, *, sender: str = "", address: st
     Raises
     ------
     StoreRefused
-        When it is no DICOM file, of another class or syntax, too large, not what its meta information says, or the disk is
-        low or fails; `status` is that of C-STORE.
+        When it is no DICOM file, of another class or syntax, too large, not what its meta information says, the disk is low
+        or fails, or anything else goes wrong here; `status` is that of C-STORE.
     """
     try:
         meta, data_set = split_part10(memoryview(file))
@@ -208,8 +211,13 @@ def store_part10(storage: Storage, file: bytes, *, sender: str = "", address: st
             arrival.flush()
             return storage.keep(arrival, origin), name_of(origin.sop_instance_uid, arrival.digest())
     except OSError as error:
-        _log.error("instance not stored: %s", error.strerror)
-        raise StoreRefused(OUT_OF_RESOURCES, "cannot be written now; send it again") from None
+        storage.warnings.error(address, "instance not stored: %s", error.strerror)
+        raise StoreRefused(OUT_OF_RESOURCES, _NOT_WRITTEN) from None
+    except StoreRefused:
+        raise
+    except Exception as error:  # noqa: BLE001 - as for C-STORE: one instance's failure, which says that nothing was promised
+        storage.warnings.error(address, "instance not stored: %s", type(error).__name__)
+        raise StoreRefused(PROCESSING_FAILURE, _FAILED) from None
 
 
 class _Instance:
@@ -272,8 +280,7 @@ class _Instance:
         # Whatever is wrong with it or with us, the peer is owed a status that says that nothing was promised.
         except Exception as error:  # noqa: BLE001
             self._storage.warnings.error(self._peer.address, "instance not stored: %s", type(error).__name__)
-            # Not one of Cxxx, which archives take for a verdict on the instance.
-            self._refused = StoreRefused(PROCESSING_FAILURE, "failed here; send it again")
+            self._refused = StoreRefused(PROCESSING_FAILURE, _FAILED)
         answer = Answer(self._refused.status, self._refused.comment) if self._refused else Answer(SUCCESS)
         if self._refused:
             words = f"C-STORE refused with {self._refused}; from %r"
@@ -292,7 +299,7 @@ class _Instance:
 
     def _fail(self, error: OSError) -> None:
         self._storage.warnings.error(self._peer.address, "instance not stored: %s", error.strerror)
-        self._refuse(StoreRefused(OUT_OF_RESOURCES, "cannot be written now; send it again"))
+        self._refuse(StoreRefused(OUT_OF_RESOURCES, _NOT_WRITTEN))
 
 
 def _check_identity(head: bytes, origin: Origin) -> None:
