@@ -1,10 +1,8 @@
 """Whether a cluster can ever place the workers that are asked for: Ray itself would wait for them without end."""
 
 from collections.abc import Mapping
-from typing import Any
 
-import ray
-
+from cxr_ray.cluster_growth import cpus, more_nodes, nodes_at_most, nodes_there
 from cxr_ray.errors import CxrRayError
 
 # What a task that reads shards takes of one node: workers that leave it nowhere wait for data that nobody may read.
@@ -24,29 +22,46 @@ def check_placement(workers: int, resources: Mapping[str, float]) -> None:
     CxrRayError
         Saying what is asked and what is there.
     """
-    nodes = _alive()
-    grown = _largest_cluster()
-    room = _room(nodes, resources)
-    if room >= workers:
-        return
-    if grown is not None and _slots(grown, resources) >= workers:
-        return
-    there = ", ".join(f"{count} x {_said(dict(held))}" for held, count in _alike(nodes, resources).items())
-    raise CxrRayError(
-        f"setting 'workers' is {workers} with {_said(resources)} each: the cluster has {there or 'no node'}, room for {room} "
-        "beside the half CPU that reading the data takes; lower workers or cpus_per_worker, or add nodes"
-    )
+    room = _room(nodes_at_most(), resources)
+    if room < workers:
+        raise CxrRayError(
+            f"setting 'workers' is {workers} with {_said(resources)} each: the cluster {_size(resources)}, room for {room} "
+            f"beside the half CPU that reading the data takes; lower workers or cpus_per_worker, or {more_nodes()}"
+        )
+
+
+def check_task(resources: Mapping[str, float], setting: str) -> None:
+    """Refuse a task, or an actor, that no node of the cluster will ever hold, however far it grows.
+
+    Parameters
+    ----------
+    resources
+        What it reserves.
+    setting
+        What asks for that, as the error names it.
+
+    Raises
+    ------
+    CxrRayError
+        Saying what is asked and what is there.
+    """
+    if not any(_slots(node, resources) for node in nodes_at_most()):
+        raise CxrRayError(
+            f"{setting}: takes {_said(resources)} of one node; the cluster {_size(resources)}; ask for less, or {more_nodes()}"
+        )
 
 
 def slots(resources: Mapping[str, float]) -> int:
-    """How many workers the cluster as it is has room for, with something left to the tasks that read their data."""
-    nodes = _alive()
+    """How many workers the cluster has room for when it has grown, with something left to the tasks that read their data."""
+    nodes = nodes_at_most()
     with_reader = resources.get("CPU", 0.0) + _CPUS_FOR_READERS
-    return min(sum(_slots(node, resources) for node in nodes), int(_cpus(nodes) / with_reader))
+    return min(sum(_slots(node, resources) for node in nodes), int(cpus(nodes) / with_reader))
 
 
 def lacking(workers: int, resources: Mapping[str, float]) -> str | None:
     """What is asked and what is free, in words, where the cluster has no room for these workers at the moment."""
+    import ray  # noqa: PLC0415 - commands that run without it need not load it
+
     available = ray.available_resources()
     free = {name: available.get(name, 0.0) for name in resources}
     if all(free[name] >= workers * amount for name, amount in resources.items()):
@@ -69,15 +84,6 @@ def _slots(held: Mapping[str, float], wanted: Mapping[str, float]) -> int:
     return min((int(held.get(name, 0) / amount + 1e-9) for name, amount in wanted.items() if amount), default=1_000_000)
 
 
-def _alive() -> list[dict[str, float]]:
-    """What each node that is there has in all."""
-    return [node["Resources"] for node in ray.nodes() if node["Alive"]]
-
-
-def _cpus(nodes: list[dict[str, float]]) -> float:
-    return sum(node.get("CPU", 0.0) for node in nodes)
-
-
 def _alike(nodes: list[dict[str, float]], wanted: Mapping[str, float]) -> dict[tuple[tuple[str, float], ...], int]:
     counted: dict[tuple[tuple[str, float], ...], int] = {}
     for node in nodes:
@@ -86,13 +92,15 @@ def _alike(nodes: list[dict[str, float]], wanted: Mapping[str, float]) -> dict[t
     return counted
 
 
-def _largest_cluster() -> Mapping[str, Any] | None:
-    """What an autoscaler may grow the cluster to; None where there is no autoscaler."""
-    try:
-        from ray._private.state import state  # noqa: PLC0415 - Ray has no public way to ask
-    except ImportError:
-        return None
-    return state.get_max_resources_from_cluster_config()
+def _size(wanted: Mapping[str, float]) -> str:
+    """What is there, and what may be, of the resources that are wanted."""
+    there, at_most = nodes_there(), nodes_at_most()
+    has = f"has {_list(there, wanted)}"
+    return has if at_most == there else f"{has}, and may grow to {_list(at_most, wanted)}"
+
+
+def _list(nodes: list[dict[str, float]], wanted: Mapping[str, float]) -> str:
+    return ", ".join(f"{count} x {_said(dict(held))}" for held, count in _alike(nodes, wanted).items()) or "no node"
 
 
 def _said(resources: Mapping[str, float]) -> str:

@@ -14,11 +14,13 @@ import ray.data
 
 from cxr_ray.bundle import BundleDescription, load_bundle
 from cxr_ray.clinical import ClinicalInputs, Encoding, withheld
+from cxr_ray.cluster_growth import await_cpu
 from cxr_ray.cpus import available_cpus
 from cxr_ray.dataset import Dataset
 from cxr_ray.errors import CxrRayError
 from cxr_ray.evaluate_settings import EvaluateSettings
 from cxr_ray.findings import FINDINGS
+from cxr_ray.placement import check_task
 from cxr_ray.progress import ProgressReport
 from cxr_ray.records import clinical_columns, clinical_inputs, fixed_lists, from_fixed_lists, pixel_array
 from cxr_ray.torch_engine import TorchEngine
@@ -107,8 +109,10 @@ def predict_split(
     Raises
     ------
     CxrRayError
-        If what was scored is not exactly what the manifest counts.
+        If no node of the cluster can ever run the network, or what was scored is not exactly what the manifest counts.
     """
+    check_task(_resources(settings), "setting 'gpu'" if settings.gpu else "setting 'cpus_per_worker'")
+    await_cpu("evaluate")
     encoding = bundle.layout.encoding
     pixels = [] if bundle.size is None else ["pixels"]
     columns = ["image_id", "patient_key", "labels", *pixels, *clinical_columns(encoding)]
@@ -143,6 +147,10 @@ def predict_split(
         Predictions(image_ids[order], patient_keys, probabilities, labels, None if number else speed)
         for number, probabilities in enumerate(scored)
     ]
+
+
+def _resources(settings: EvaluateSettings) -> dict[str, float]:
+    return {"CPU": settings.cpus_per_worker} | ({"GPU": 1.0} if settings.gpu else {})
 
 
 def _speed(table: pa.Table, batch_size: int) -> Speed | None:

@@ -5,7 +5,6 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
-from cxr_ray.cpus import available_cpus
 from cxr_ray.errors import UsageError
 
 # A dataset's blocks and a few batches are all that the object store holds here; the rest of the memory is the workers'.
@@ -68,13 +67,6 @@ def metrics_urls() -> list[str]:
 
     alive = [node for node in ray.nodes() if node["Alive"] and node["MetricsExportPort"] > 0]
     return [f"http://{node['NodeManagerAddress']}:{node['MetricsExportPort']}/metrics" for node in alive]
-
-
-def cluster_cpus() -> int:
-    """CPUs of the cluster that this process has joined; its own where there is none."""
-    import ray  # noqa: PLC0415 - as above
-
-    return int(ray.cluster_resources().get("CPU", 0)) if ray.is_initialized() else available_cpus()
 
 
 def without_reservations(dataset: Any) -> Any:

@@ -15,10 +15,11 @@ import pyarrow.compute as pc
 from pyarrow import fs
 
 from cxr_ray import storage
+from cxr_ray.cluster_growth import await_cpu, cpus_at_most
 from cxr_ray.errors import CxrRayError
 from cxr_ray.pixels import ImageError
 from cxr_ray.progress import ProgressReport
-from cxr_ray.ray_session import cluster_cpus, without_reservations
+from cxr_ray.ray_session import without_reservations
 from ingest.files import read_files
 from ingest.shards import check_quarantined
 
@@ -93,7 +94,8 @@ def _read_headers(source: "DicomDatasource", max_quarantined: float) -> pa.Table
     files = source.count()
     if not files:
         return header_schema().empty_table()
-    step = int(np.clip(files / (4 * cluster_cpus()), 32, MAX_FILES_PER_TASK))
+    await_cpu("ingest")
+    step = int(np.clip(files / (4 * cpus_at_most()), 32, MAX_FILES_PER_TASK))
     read: list[pa.Table] = []
     unreadable: list[str] = []
     results = without_reservations(ray.data.read_datasource(source, override_num_blocks=-(-files // step)))
@@ -133,7 +135,7 @@ def _digests(locations: list[str], filesystem: fs.FileSystem) -> dict[str, tuple
     """For each file the digest of its content, or why it cannot be read."""
     import ray.data  # noqa: PLC0415 - as above
 
-    step = int(np.clip(len(locations) / (4 * cluster_cpus()), 8, 256))
+    step = int(np.clip(len(locations) / (4 * cpus_at_most()), 8, 256))
     tasks = [pa.table({"location": locations[start : start + step]}) for start in range(0, len(locations), step)]
     results = without_reservations(ray.data.from_arrow(tasks)).map_batches(
         _digest_rows, fn_kwargs={"filesystem": filesystem}, batch_format="pyarrow", batch_size=None

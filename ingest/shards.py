@@ -22,13 +22,14 @@ import pyarrow.compute as pc
 from pyarrow import fs
 
 from cxr_ray import __version__, storage
+from cxr_ray.cluster_growth import await_cpu, cpus, cpus_at_most, nodes_there
 from cxr_ray.dataset import MANIFEST, Dataset, LeftOutImage, Manifest, Shard, Split
 from cxr_ray.decoding import Format
 from cxr_ray.errors import CxrRayError
 from cxr_ray.findings import FINDINGS
 from cxr_ray.pixels import PIXEL_RECIPE
 from cxr_ray.progress import ProgressReport
-from cxr_ray.ray_session import cluster_cpus, without_reservations
+from cxr_ray.ray_session import without_reservations
 from cxr_ray.records import SPLITS, from_fixed_lists
 from ingest.contact_sheet import CONTACT_SHEET, contact_sheet
 from ingest.files import archive_and_member, is_tar
@@ -133,12 +134,15 @@ def claim(uri: str, settings: dict[str, object], *, overwrite: bool) -> None:
 
 
 def warm_up() -> None:
-    """Let Ray's workers import what the tasks will need, a second's work, while the source is being read."""
+    """Let Ray's workers import what the tasks will need, a second's work, while the source is being read.
+
+    Of a cluster that grows, this asks for its first node.
+    """
     import ray  # noqa: PLC0415 - takes a second that other commands need not pay
 
     if ray.is_initialized():
         import_modules = ray.remote(_import_modules)
-        for _ in range(cluster_cpus()):
+        for _ in range(max(1, int(cpus(nodes_there())))):
             import_modules.remote()
 
 
@@ -251,7 +255,7 @@ def _plan(records: pa.Table, uri: str, source: Source, size: int | None, run: st
         rows = int(json.loads(storage.read_bytes(filesystem, layout))["rows"])
     else:
         largest = _METADATA_SHARD_ROWS if size is None else min(MAX_SHARD_ROWS, MAX_SHARD_BYTES // size**2)
-        rows = int(np.clip(records.num_rows / (_TASKS_PER_CPU * cluster_cpus()), min(MIN_SHARD_ROWS, largest), largest))
+        rows = int(np.clip(records.num_rows / (_TASKS_PER_CPU * cpus_at_most()), min(MIN_SHARD_ROWS, largest), largest))
         storage.write_atomically(filesystem, layout, json.dumps({"rows": rows}).encode())
     return ShardPlan(storage.absolute(uri), run, rows, size, source.filesystem, source.format)
 
@@ -280,6 +284,7 @@ def _tape(location: str | None) -> str:
 def _run(records: pa.Table, plan: ShardPlan, source: Source, max_quarantined: float) -> _Written:
     import ray.data  # noqa: PLC0415 - takes a second that other commands need not pay
 
+    await_cpu("ingest")
     tasks = without_reservations(ray.data.from_arrow(_tasks(records, plan.rows)))
     # An outcome is handed on when it is there, not when a block is full of them.
     tasks.context.target_max_block_size = 1

@@ -18,9 +18,10 @@ from pyarrow import fs
 from cxr_ray import __version__, storage
 from cxr_ray.bundle import read_description, required_size
 from cxr_ray.bundle_description import BundleDescription
+from cxr_ray.cluster_growth import await_cpu, cpus_at_most, nodes_at_most
 from cxr_ray.errors import CxrRayError, UsageError
+from cxr_ray.placement import check_task
 from cxr_ray.progress import ProgressReport
-from cxr_ray.ray_session import cluster_cpus
 from ingest.files import SourceFile, list_files
 from serve.answers_file import ANSWERED, answers_file, claim
 from serve.batch_settings import PredictSettings
@@ -128,12 +129,16 @@ def predict(plan: Plan) -> Summary:
     ------
     UsageError
         If the cluster has no CPU left to decode with.
+    CxrRayError
+        If no node of the cluster can ever run the network.
     """
     settings, described = plan.settings, plan.bundle
-    if cluster_cpus() <= settings.workers:
+    check_task({"CPU": 1, "GPU": 1} if settings.gpu else {"CPU": 1}, "--gpu" if settings.gpu else "the network")
+    if cpus_at_most() <= settings.workers:
         raise UsageError(
-            f"--workers {settings.workers}: leaves none of the cluster's {cluster_cpus()} CPUs for decoding; give fewer"
+            f"--workers {settings.workers}: leaves none of the cluster's {cpus_at_most()} CPUs for decoding; give fewer"
         )
+    await_cpu("predict")
     identity = (described.name, described.version, described.digest)
     summary, started = Summary(), time.monotonic()
     with (
@@ -179,7 +184,7 @@ def _answers(plan: Plan) -> Iterator[pa.Table]:
         batch_format="pyarrow",
         num_cpus=1,
     )
-    nodes = sum(node["Alive"] for node in ray.nodes())
+    nodes = sum(node.get("CPU", 0.0) >= 1 for node in nodes_at_most())
     answered = decoded.map_batches(
         Network,
         fn_constructor_kwargs={"settings": settings, "share": 1 / -(-settings.workers // nodes)},

@@ -220,7 +220,7 @@ def test_an_interrupted_run_goes_on_behind_the_last_outcome(ray_cluster, tmp_pat
     (run / OUTCOMES / f"{number}.json").unlink(missing_ok=True)
     monkeypatch.setattr(ingest.shards, "_collect", collect)
     # Another cluster has another number of CPUs; the run keeps its layout.
-    monkeypatch.setattr(ingest.shards, "cluster_cpus", lambda: 1)
+    monkeypatch.setattr(ingest.shards, "cpus_at_most", lambda: 1)
     write(table, tmp_path / "out")
     assert_same(squares(tmp_path / "out"), expected(100))
     kept = [path for path in run.glob("*.parquet") if written.get(path.name) == path.stat().st_mtime_ns]
