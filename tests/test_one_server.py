@@ -133,7 +133,7 @@ def test_ports_names_and_environment_are_those_of_kubernetes(compose: Document) 
     given = dict(line.split("=") for line in (KUBERAY / "base/config/serve.env").read_text().splitlines() if "=" in line)
     for name in ("head", "worker", "deploy"):
         environment = {key: str(value) for key, value in compose["services"][name]["environment"].items()}
-        assert given.items() <= environment.items()
+        assert (given | KEEPALIVE).items() <= environment.items()
     assert f"127.0.0.1:{HTTP}:{HTTP}/tcp" in head["ports"]
     assert f"127.0.0.1:{DICOM}:{DICOM}/tcp" in node["ports"]
     settings = load_settings(ListenSettings, CLUSTER / "compose/node.yaml", {})
