@@ -91,7 +91,7 @@ class Site:
         return host.address in alive_nodes(self.cluster).values()
 
     def drain(self, host: Host, seconds: int) -> None:
-        """Announce that a host will be taken away, as `kubectl drain` and spot markets do."""
+        """Tell Ray (`ray drain-node`) that a host will be taken away in so many seconds, as spot markets do."""
         (node_id,) = (known for known, address in alive_nodes(self.cluster).items() if address == host.address)
         where = ["--address", f"{self.head.address}:6379", "--node-id", node_id]
         why = ["--reason", "DRAIN_NODE_REASON_PREEMPTION", "--reason-message", "maintenance"]
