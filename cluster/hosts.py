@@ -10,12 +10,14 @@ import os
 import shutil
 import subprocess
 from dataclasses import dataclass
+from itertools import islice
 
 from cluster.errors import SubmitError
 
 # Of the 15 characters that an interface's name may have, what is left beside the prefix and a number.
 LONGEST_NAME = 8
-_FIRST_HOST = 2
+# A network larger than this is somebody's mistake: there are 16 nodes at most.
+_SHORTEST_PREFIX = 16
 
 
 @dataclass(frozen=True)
@@ -79,6 +81,28 @@ def permitted() -> str | None:
     return None
 
 
+def check_network(name: str, hosts: int, subnet: str) -> ipaddress.IPv4Network:
+    """Check what `make_network` is given; returns the network of `subnet`.
+
+    Raises
+    ------
+    SubmitError
+        If the name is none, or `subnet` is no IPv4 network with room for this machine and the hosts.
+    """
+    if not (name.isascii() and name.isalnum()) or len(name) > LONGEST_NAME:
+        raise SubmitError(f"--name {name}: give 1 to {LONGEST_NAME} letters and digits", code=2)
+    try:
+        given = ipaddress.IPv4Network(subnet)
+    except ValueError as error:
+        raise SubmitError(f"--subnet {subnet}: is no IPv4 network ({error}); give one as 10.97.0.0/24", code=2) from None
+    if given.prefixlen < _SHORTEST_PREFIX:
+        raise SubmitError(f"--subnet {subnet}: is larger than /{_SHORTEST_PREFIX}; give a smaller one, as 10.97.0.0/24", code=2)
+    # The network's own address, its broadcast and this machine are no hosts' addresses.
+    if given.num_addresses - 3 < hosts:
+        raise SubmitError(f"--subnet {subnet}: has no room for {hosts} nodes; give a larger one, as 10.97.0.0/24", code=2)
+    return given
+
+
 def make_network(name: str, hosts: int, subnet: str) -> Network:
     """Make a bridge with hosts on it.
 
@@ -94,17 +118,14 @@ def make_network(name: str, hosts: int, subnet: str) -> Network:
     SubmitError
         If something of this name is there already, or the system refuses; nothing is left behind then.
     """
-    addresses = list(ipaddress.ip_network(subnet).hosts())
-    if not name.isalnum() or len(name) > LONGEST_NAME:
-        raise SubmitError(f"--name {name}: give 1 to {LONGEST_NAME} letters and digits", code=2)
-    if hosts > len(addresses) - _FIRST_HOST + 1:
-        raise SubmitError(f"--subnet {subnet}: has no room for {hosts} nodes; give a larger one", code=2)
+    given = check_network(name, hosts, subnet)
+    gateway, *addresses = map(str, islice(given.hosts(), hosts + 1))
     network = Network(
         name,
-        str(addresses[0]),
-        tuple(Host(f"cxr-{name}-{n}", str(addresses[n + 1]), f"cxr{name}{n}") for n in range(hosts)),
+        gateway,
+        tuple(Host(f"cxr-{name}-{n}", address, f"cxr{name}{n}") for n, address in enumerate(addresses)),
     )
-    prefix = ipaddress.ip_network(subnet).prefixlen
+    prefix = given.prefixlen
     try:
         bridge = f"cxr-{name}"
         _ip("link", "add", bridge, "type", "bridge")

@@ -90,9 +90,10 @@ def up(folder: Path, name: str, nodes: int, cpus: int, object_store_mb: int, sub
         If there is one in the folder already, or a node does not come up; nothing is left behind then.
     """
     try:
+        folder.parent.mkdir(parents=True, exist_ok=True)
         folder.mkdir(mode=0o700)
     except FileExistsError:
-        raise SubmitError(f"{folder}: holds a cluster already; end it with 'cxr-ray cluster down --name {name}'") from None
+        raise SubmitError(_taken(folder, name)) from None
     except OSError as error:
         raise SubmitError(f"{folder}: cannot be made ({error.strerror}); name another folder with --folder") from None
     network: Network | None = None
@@ -113,6 +114,14 @@ def up(folder: Path, name: str, nodes: int, cpus: int, object_store_mb: int, sub
         take_down(LocalCluster(folder, "", tuple(started), network))
         raise
     return LocalCluster(folder, address, tuple(started), network)
+
+
+def _taken(folder: Path, name: str) -> str:
+    """What is where a cluster was to be kept, and what to do about it."""
+    if (folder / _STATE).exists():
+        where = "" if folder == default_folder(name) else f" --folder {folder}"
+        return f"{folder}: holds a cluster already; end it with 'cxr-ray cluster down --name {name}{where}'"
+    return f"--folder {folder}: is there already, or a file is in its way; name a folder that is not there yet"
 
 
 def find(folder: Path) -> LocalCluster:

@@ -7,7 +7,7 @@ from typing import Annotated
 import typer
 
 from cluster.errors import SubmitError
-from cluster.hosts import permitted
+from cluster.hosts import check_network, permitted
 from cluster.local import LocalCluster, alive_nodes, default_folder, find, host_of, kill, restore, take_down, up
 
 Name = Annotated[str, typer.Option(help="Name of the cluster, 1 to 8 letters and digits.")]
@@ -29,15 +29,17 @@ def start(
     cpus: Annotated[int, typer.Option(min=1, help="Logical CPUs of each node.")] = 2,
     object_store_mb: Annotated[int, typer.Option(min=100, help="Object store of each node, in MB.")] = 300,
     name: Name = "dev",
-    subnet: Annotated[str, typer.Option(help="IPv4 network of the nodes' own addresses.")] = "10.97.0.0/24",
+    subnet: Annotated[str, typer.Option(help="IPv4 network of the nodes' own addresses, /16 or smaller.")] = "10.97.0.0/24",
     plain: Annotated[bool, typer.Option("--plain", help="Plain processes on loopback, no hosts of their own.")] = False,
     folder: Folder = None,
 ) -> None:
     """Start a head and further nodes, each a host of its own where that is permitted (Linux, root, iproute2)."""
-    reason = "--plain was given" if plain else permitted()
-    if reason is not None:
-        _say(f"all nodes are plain processes on loopback: {reason}")
     try:
+        # Bad usage is told everywhere, also where no network can be made.
+        check_network(name, nodes, subnet)
+        reason = "--plain was given" if plain else permitted()
+        if reason is not None:
+            _say(f"all nodes are plain processes on loopback: {reason}")
         cluster = up(folder or default_folder(name), name, nodes, cpus, object_store_mb, None if reason else subnet)
     except SubmitError as error:
         raise _failed(error) from None
