@@ -40,12 +40,19 @@ def promtool(*arguments: object) -> str:
 def test_prometheus_takes_the_configuration_of_one_server() -> None:
     assert "valid" in promtool("check", "config", MONITORING / "prometheus.yml")
     jobs = {job["job_name"]: job for job in documents(MONITORING / "prometheus.yml")[0]["scrape_configs"]}
-    assert jobs["cxr-ray"]["dns_sd_configs"][0]["port"] == RAY_METRICS
+    # Targets that stay when their container stops: one that DNS has forgotten would be missed by nobody.
+    assert jobs["cxr-ray"]["static_configs"] == [
+        {"targets": [f"{name}:{RAY_METRICS}"], "labels": {"component": "serve", "ray": name}} for name in ("head", "worker")
+    ]
     assert jobs["cxr-ray-node"]["static_configs"] == [{"targets": [f"node:{NODE_METRICS}"]}]
+    assert not [job for job in jobs.values() if "dns_sd_configs" in job]
 
 
 def test_prometheus_takes_the_configuration_of_kubernetes(tmp_path: Path) -> None:
     (given,) = documents(MONITORING / "prometheus-kubernetes.yml")
+    (ray_pods,) = [job for job in given["scrape_configs"] if job["job_name"] == "cxr-ray"]
+    # By these the alerts miss a head.
+    assert {"component", "ray"} <= {rule.get("target_label") for rule in ray_pods["relabel_configs"]}
     for job in given["scrape_configs"]:
         # Debian builds its promtool without Kubernetes; the rest of the job is checked.
         assert job.pop("kubernetes_sd_configs") == [{"role": "pod", "namespaces": {"names": ["cxr-ray"]}}]
