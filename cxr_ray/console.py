@@ -25,6 +25,7 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "token": ("serve.token_cli:app", "Bearer tokens of the service (add, list, revoke)"),
     "history": ("serve.history_cli:app", "What is known of patients' earlier visits (import, show)"),
     "audit": ("serve.audit_cli:audit", "Who read or changed which study"),
+    "deploy": ("cluster.deploy_cli:deploy", "Put the service on a Ray cluster, and keep it there"),
     "submit": ("cluster.cli:submit", "Run ingest, train, tune, evaluate, compare or predict as a job on a Ray cluster"),
     "jobs": ("cluster.jobs_cli:jobs", "Jobs on a Ray cluster (list, logs, stop)"),
     "cluster": ("cluster.local_cli:local", "A Ray cluster of several nodes on this machine (up, status, down)"),

@@ -77,6 +77,16 @@ def test_one_server_has_every_part(compose: Document) -> None:
         assert service["image"].partition(":")[2] not in {"", "latest"}, name
 
 
+def test_everything_comes_back_after_a_reboot_the_service_too(compose: Document) -> None:
+    assert {name: service["restart"] for name, service in compose["services"].items()} == dict.fromkeys(
+        compose["services"], "unless-stopped"
+    )
+    deploy = compose["services"]["deploy"]
+    *command, configuration = deploy["command"]
+    assert command == ["cxr-ray", "deploy", "--keep", "--address", f"http://head:{DASHBOARD}"]
+    assert f"{CLUSTER / 'compose/serve-deploy.yaml'}:{configuration}:ro" in deploy["volumes"]
+
+
 def test_secrets_have_to_be_filled_in(tmp_path: Path) -> None:
     assert {name for name, value in VARIABLES.items() if not value} == SECRETS | {"CXR_RAY_NODE_TOKEN"}
     for absent in sorted(SECRETS):
