@@ -20,7 +20,9 @@ if TYPE_CHECKING:
 
 Config = Annotated[Path | None, typer.Option(help="YAML file with settings; flags override it.")]
 StoreUrl = Annotated[str | None, typer.Option(help="SQLAlchemy URL of the results [sqlite:///cxr-ray-results.sqlite].")]
-SpoolFolder = Annotated[Path | None, typer.Option(help="Folder of accepted instances, on a local disk [cxr-ray-spool].")]
+SpoolFolder = Annotated[
+    Path | None, typer.Option(help="Folder of accepted instances, on a local disk [CXR_RAY_SPOOL, else cxr-ray-spool].")
+]
 AeTitle = Annotated[str | None, typer.Option(help="AE title that peers call [CXRRAY].")]
 DicomHost = Annotated[str | None, typer.Option(help="Address the node listens on [127.0.0.1].")]
 DicomPort = Annotated[int | None, typer.Option(help="TCP port the node listens on [11112].")]

@@ -12,6 +12,7 @@ import typer
 
 from cxr_ray.errors import CxrRayError, UsageError
 from cxr_ray.terminal import command_group, console, print_json, single_command, table
+from serve.node.spool_place import DEFAULT_SPOOL, SPOOL_VARIABLE
 
 if TYPE_CHECKING:
     from serve.node.outbox import Outbox
@@ -21,7 +22,7 @@ if TYPE_CHECKING:
 _SHOWN = 12
 _INSTANCE, _CONFLICT = "instance", "conflict"
 
-SpoolFolder = Annotated[Path, typer.Option(help="Folder of the node's spool.")]
+SpoolFolder = Annotated[Path, typer.Option(envvar=SPOOL_VARIABLE, help="Folder of the node's spool.")]
 DestinationName = Annotated[str | None, typer.Option(help="Only results for this destination.")]
 AsJson = Annotated[bool, typer.Option("--json", help="Print as JSON.")]
 
@@ -43,9 +44,7 @@ class _Letter:
 
 
 @deadletter.command("list")
-def list_dead_letters(
-    spool: SpoolFolder = Path("cxr-ray-spool"), destination: DestinationName = None, json: AsJson = False
-) -> None:
+def list_dead_letters(spool: SpoolFolder = DEFAULT_SPOOL, destination: DestinationName = None, json: AsJson = False) -> None:
     """List dead letters with their reasons, the oldest first."""
     letters = sorted(_letters(spool, destination), key=lambda letter: (letter.when, letter.name))
     if json:
@@ -61,7 +60,7 @@ def list_dead_letters(
 @deadletter.command("show")
 def show_dead_letter(
     name: Annotated[str, typer.Argument(help="Name, or a beginning of it that no other has.")],
-    spool: SpoolFolder = Path("cxr-ray-spool"),
+    spool: SpoolFolder = DEFAULT_SPOOL,
     destination: DestinationName = None,
     json: AsJson = False,
 ) -> None:
@@ -87,7 +86,7 @@ def show_dead_letter(
 def replay_dead_letters(
     names: Annotated[list[str] | None, typer.Argument(help="Names, or beginnings of them that no other has.")] = None,
     everything: Annotated[bool, typer.Option("--all", help="All; with --destination, all of that one.")] = False,
-    spool: SpoolFolder = Path("cxr-ray-spool"),
+    spool: SpoolFolder = DEFAULT_SPOOL,
     destination: DestinationName = None,
 ) -> None:
     """Put dead letters back: instances are answered again, results sent again, without what was taken of them."""
@@ -107,7 +106,7 @@ def replay_dead_letters(
         console.print("nothing to replay")
 
 
-def _deliveries(spool: SpoolFolder = Path("cxr-ray-spool"), json: AsJson = False) -> None:
+def _deliveries(spool: SpoolFolder = DEFAULT_SPOOL, json: AsJson = False) -> None:
     """Show for each destination what waits, since when and why, what was delivered and what is dead."""
     outbox = _outbox(spool)
     rows = [_row(outbox, name) for name in outbox.destinations()]
@@ -226,4 +225,6 @@ def _outbox(folder: Path) -> "Outbox":
 
 def _check(folder: Path) -> None:
     if not (folder / "ready").is_dir():
-        raise CxrRayError(f"--spool {folder}: is no spool; give the one that 'cxr-ray listen' or 'serve' uses")
+        raise CxrRayError(
+            f"--spool {folder}: is no spool; give the one that 'cxr-ray listen' or 'serve' uses, or set {SPOOL_VARIABLE}"
+        )

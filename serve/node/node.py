@@ -22,6 +22,7 @@ from serve.node.priors_settings import PriorsSettings
 from serve.node.results.settings import ResultSettings
 from serve.node.service_client import DispatchSettings, service_client
 from serve.node.spool import Spool
+from serve.node.spool_place import usual_spool
 from serve.node.spool_records import SpooledInstance
 from serve.node.storage_commitment import CommitmentRegistry
 from serve.node.sweeping import RetentionSettings, Sweeper
@@ -31,7 +32,7 @@ from serve.token import TOKEN_VARIABLE
 class NodeSettings(Settings):
     """Settings of the DICOM node: where it listens, where it keeps what it accepted, and where results go."""
 
-    spool: Path = Field(Path("cxr-ray-spool"), description="Folder of accepted instances, on a local disk.")
+    spool: Path = Field(default_factory=usual_spool, description="Folder of accepted instances, on a local disk.")
     keep_done_days: float = Field(7, gt=0, description="How long settled instances are kept to recognise re-sends.")
     retention: RetentionSettings = Field(default_factory=RetentionSettings, description="How long the rest is kept.")
     listener: ListenerSettings = Field(default_factory=ListenerSettings, description="Whom and what to accept.")

@@ -11,7 +11,7 @@ import yaml
 from host_site import until
 from local_cluster import LocalCluster, free_ports, watched
 
-pytestmark = [pytest.mark.system, pytest.mark.cluster, pytest.mark.timeout(300)]
+pytestmark = [pytest.mark.system, pytest.mark.cluster, pytest.mark.timeout(900)]
 
 # Cannot be built before the file is there, as the service cannot before its database is.
 APPLICATION = """
@@ -62,12 +62,12 @@ def test_an_application_comes_back_to_a_head_that_was_killed(cluster: LocalClust
     where = ["--address", cluster.address, "--token-file", str(cluster.token_file)]
     head = cluster.start_head(2)
     with watched([sys.executable, "-m", "cxr_ray", "deploy", "--keep", *where, str(tmp_path / "serve.yaml")]) as keeping:
-        keeping.wait_for("greeting put on .*: greeting was not there", 90)
-        keeping.wait_for("greeting put on .*: greeting had failed", 90)
+        keeping.wait_for("greeting put on .*: greeting was not there", 240)
+        keeping.wait_for("greeting put on .*: greeting had failed", 240)
         needed.write_text("there")
-        until(answers, "the first answer", 120)
+        until(answers, "the first answer", 240)
         cluster.kill(head)
         assert not answers()
         cluster.start_head(2)
-        keeping.wait_for("greeting put on .*: greeting was not there", 120)
-        until(answers, "an answer of the head that was started again", 120)
+        keeping.wait_for("greeting put on .*: greeting was not there", 240)
+        until(answers, "an answer of the head that was started again", 240)
