@@ -11,7 +11,6 @@ import subprocess
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import suppress
 from datetime import UTC, datetime, timedelta
 from email.utils import format_datetime
 from pathlib import Path
@@ -25,9 +24,12 @@ from result_peers import (
     SCP_TITLE,
     SECONDARY_CAPTURE,
     SR_3D,
+    TIMEOUTS,
     StorageScp,
     WebServer,
+    answering,
     certificate,
+    destination,
     dicom_file,
     lying_in,
     open_descriptors,
@@ -54,7 +56,6 @@ from serve.node.senders.upper_layer import Context, Peer, PeerGoneError, Rejecte
 BOTH = {"1.2.1.1": 1, "1.2.1.2": 1}
 NATIVE = "http://dicom.nema.org/PS3.19/models/NativeDICOM"
 DOCUMENT_TYPE = b"<!DOCTYPE NativeDicomModel>"
-QUICK = {"connect_seconds": 5, "negotiation_seconds": 5, "send_seconds": 5, "response_seconds": 5}
 
 
 def settings_of(**given: object) -> Destination:
@@ -66,8 +67,7 @@ def sender_of(**given: object) -> Sender:
 
 
 def dicom(port: int, **given: object) -> Sender:
-    defaults = dict(kind="dicom", name="pacs", host="127.0.0.1", port=port, called_ae=SCP_TITLE, timeouts=QUICK)
-    return sender_of(**defaults | given)
+    return sender_of(**destination(port, **given))
 
 
 class Sent:
@@ -93,9 +93,8 @@ def scp() -> Iterator[Callable[..., StorageScp]]:
         return started[-1]
 
     yield start
-    # It takes half a second to stop, and nobody has to wait.
     for server in started:
-        threading.Thread(target=server.stop, daemon=True).start()
+        server.stop_soon()
 
 
 @pytest.fixture
@@ -207,24 +206,6 @@ def test_rejections_are_told_apart(result: int, source: int, reason: int, lastin
     assert RejectedError(result, source, reason).lasting is lasting
 
 
-def answering(*answers: bytes, keep: bool = True) -> socket.socket:
-    """A server that gives one connection these bytes, each after something came, and then stays silent or closes."""
-    server = socket.create_server(("127.0.0.1", 0))
-
-    def serve() -> None:
-        connection, _ = server.accept()
-        with connection:
-            for answer in answers:
-                connection.recv(65536)
-                connection.sendall(answer)
-            with suppress(ConnectionResetError):
-                while keep and connection.recv(65536):
-                    pass
-
-    threading.Thread(target=serve, daemon=True).start()
-    return server
-
-
 def accepted(contexts: int = 4, largest: int = 16384) -> bytes:
     items = b"".join(
         struct.pack(">BxH4B", 0x21, 8 + len(syntax), 2 * number + 1, 0, 0, 0) + struct.pack(">BxH", 0x40, len(syntax)) + syntax
@@ -256,7 +237,7 @@ def accepted(contexts: int = 4, largest: int = 16384) -> bytes:
 )
 def test_peer_that_hangs_or_misbehaves_is_left(waiting: Parcel, answers: tuple[bytes, ...], says: str, whole: bool) -> None:
     with answering(*answers) as server:
-        timeouts = {**QUICK, "negotiation_seconds": 0.5, "response_seconds": 0.5}
+        timeouts = {**TIMEOUTS, "negotiation_seconds": 0.5, "response_seconds": 0.5}
         begun = time.monotonic()
         sent = Sent(dicom(server.getsockname()[1], timeouts=timeouts), waiting)
         assert time.monotonic() - begun < 10
@@ -278,7 +259,7 @@ def test_peer_that_takes_no_bytes_is_left(tmp_path: Path) -> None:
 
     threading.Thread(target=serve, daemon=True).start()
     large = lying_in(tmp_path, parcel(items=(Item("sr.dcm", dicom_file("1.2.1.1", SR_3D, size=30_000_000)),)))
-    sent = Sent(dicom(server.getsockname()[1], timeouts={**QUICK, "send_seconds": 0.5}), large)
+    sent = Sent(dicom(server.getsockname()[1], timeouts={**TIMEOUTS, "send_seconds": 0.5}), large)
     assert sent.outcome == Transient("association lost: it did not take what was sent in time")
     server.close()
     taken[0].close()
@@ -305,7 +286,7 @@ def test_association_that_ends_between_parcels_is_opened_anew(scp, tmp_path: Pat
 
 def test_abort_ends_a_wait_from_another_thread(scp, waiting: Parcel) -> None:
     server = scp(answers_in=3)
-    sender = dicom(server.port, timeouts={**QUICK, "response_seconds": 60})
+    sender = dicom(server.port, timeouts={**TIMEOUTS, "response_seconds": 60})
     outcomes: list[Outcome] = []
     thread = threading.Thread(target=lambda: outcomes.append(Sent(sender, waiting).outcome))
     thread.start()
@@ -421,7 +402,7 @@ def test_tls_with_pynetdicom_and_a_silent_peer(scp, tmp_path: Path, waiting: Par
     context.load_cert_chain(*theirs)
     assert Sent(dicom(scp(tls=context).port, tls={"ca": ca[0]}), waiting).outcome == Delivered("0x0000")
     with silent_server() as port:
-        outcome = Sent(dicom(port, tls={"ca": ca[0]}, timeouts={**QUICK, "connect_seconds": 0.5}), waiting).outcome
+        outcome = Sent(dicom(port, tls={"ca": ca[0]}, timeouts={**TIMEOUTS, "connect_seconds": 0.5}), waiting).outcome
     assert outcome == Transient("no association: no TLS with it (no answer in time)", whole_destination=True)
     # TLS to a port of plain text.
     assert isinstance(Sent(dicom(scp().port, tls={"ca": ca[0]}), waiting).outcome, Transient)
@@ -443,7 +424,7 @@ def test_certificate_that_cannot_be_read_is_named(tmp_path: Path, tls: dict[str,
 
 def test_results_go_back_to_whoever_sent_the_study(scp, tmp_path: Path) -> None:
     first, second = scp(titles=["CT1"]), scp(titles=["CR2"])
-    sender = sender_of(kind="sender", peers={"CT1": first.port, "CR2": f"localhost:{second.port}"}, timeouts=QUICK)
+    sender = sender_of(kind="sender", peers={"CT1": first.port, "CR2": f"localhost:{second.port}"}, timeouts=TIMEOUTS)
     for title, address, name in (("CT1", "127.0.0.1", "1"), ("CR2", "10.9.9.9", "2"), ("CT1", "127.0.0.1", "1")):
         made = lying_in(tmp_path, parcel(name, origin=StudyOrigin(calling_ae=title, address=address)))
         assert isinstance(sender.send(made, frozenset(), lambda _: None), Delivered)
