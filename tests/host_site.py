@@ -8,23 +8,21 @@ clients are, none of which Ray starts.
 import subprocess
 import sys
 import time
-import urllib.request
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 
-import boto3
 import httpx
 import pytest
 from local_cluster import RAY, clean_environment, session_of
+from s3_server import REGION, SECRET, USER, s3_server
 
 from cluster.hosts import Host, permitted
 from cluster.local import LocalCluster, alive_nodes, default_folder, kill, restore, take_down, up
 
 NAME, SUBNET, GATEWAY = "tests", "10.98.7.0/24", "10.98.7.1"
 CPUS = 3
-BUCKET = "radiographs"
 S3_PORT = 9000
 
 
@@ -154,30 +152,13 @@ def object_store() -> Iterator[dict[str, str]]:
 
     It is reached at the bridge's address, and begins before the bridge is there: it listens everywhere, on a port of its own.
     """
-    variables = {
-        "AWS_ENDPOINT_URL": f"http://{GATEWAY}:{S3_PORT}",
-        "AWS_ACCESS_KEY_ID": "reader",
-        "AWS_SECRET_ACCESS_KEY": "a-secret-of-the-server",
-        "AWS_DEFAULT_REGION": "us-east-1",
-    }
-    program = Path(sys.executable).with_name("moto_server")
-    server = subprocess.Popen(
-        [program, "-H", "0.0.0.0", "-p", str(S3_PORT)], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
-    )
-    try:
-        until(lambda: _answers(f"http://127.0.0.1:{S3_PORT}/moto-api/"), "the object store", 30)
-        client = boto3.client(
-            "s3",
-            endpoint_url=f"http://127.0.0.1:{S3_PORT}",
-            region_name="us-east-1",
-            aws_access_key_id="reader",
-            aws_secret_access_key="a-secret-of-the-server",
-        )
-        client.create_bucket(Bucket=BUCKET)
-        yield variables
-    finally:
-        server.terminate()
-        server.wait(10)
+    with s3_server(S3_PORT, "0.0.0.0"):
+        yield {
+            "AWS_ENDPOINT_URL": f"http://{GATEWAY}:{S3_PORT}",
+            "AWS_ACCESS_KEY_ID": USER,
+            "AWS_SECRET_ACCESS_KEY": SECRET,
+            "AWS_DEFAULT_REGION": REGION,
+        }
 
 
 @contextmanager
@@ -206,10 +187,3 @@ def replicas(site: Site) -> list[tuple[str, str]]:
                 (deployment["name"], replica["node_ip"]) for replica in deployment["replicas"] if replica["state"] == "RUNNING"
             ]
     return sorted(found)
-
-
-def _answers(url: str) -> bool:
-    with suppress(OSError):
-        urllib.request.urlopen(url, timeout=1).close()
-        return True
-    return False

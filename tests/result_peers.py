@@ -29,6 +29,8 @@ from serve.node.parcels import Item, Parcel, StudyOrigin
 SR_3D = "1.2.840.10008.5.1.4.1.1.88.34"
 SECONDARY_CAPTURE = "1.2.840.10008.5.1.4.1.1.7"
 SCP_TITLE = "PACS"
+TIMEOUTS = {"connect_seconds": 5, "negotiation_seconds": 5, "send_seconds": 5, "response_seconds": 5}
+PATIENCE = {"first_retry_seconds": 0.05, "max_retry_seconds": 0.2, "jitter": 0}
 
 
 def until(condition: Callable[[], object], seconds: float = 30) -> None:
@@ -84,6 +86,12 @@ def lying_in(folder: Path, made: Parcel) -> Parcel:
     return Parcel(made.id, made.destination, made.study_key, made.sequence, tuple(items), made.origin, made.created_at)
 
 
+def destination(port: int, name: str = "pacs", **given: object) -> dict[str, object]:
+    """Settings of a DICOM destination on this machine."""
+    defaults = dict(kind="dicom", name=name, host="127.0.0.1", port=port, called_ae=SCP_TITLE, timeouts=TIMEOUTS)
+    return defaults | given
+
+
 @dataclass
 class StorageScp:
     """A storage SCP; `script` is given the SOP Instance UID and which time it comes, and returns a status."""
@@ -125,6 +133,10 @@ class StorageScp:
                 association.abort()
             self._server.shutdown()
             self._server = None
+
+    def stop_soon(self) -> None:
+        """It takes half a second to stop, and nobody has to wait."""
+        threading.Thread(target=self.stop, daemon=True).start()
 
     def open_associations(self) -> int:
         return sum(association.is_established for association in self._server.active_associations)
@@ -212,6 +224,24 @@ def silent_server() -> Iterator[int]:
         yield server.getsockname()[1]
         for connection in taken:
             connection.close()
+
+
+def answering(*answers: bytes, keep: bool = True) -> socket.socket:
+    """A server that gives one connection these bytes, each after something came, and then stays silent or closes."""
+    server = socket.create_server(("127.0.0.1", 0))
+
+    def serve() -> None:
+        connection, _ = server.accept()
+        with connection:
+            for answer in answers:
+                connection.recv(65536)
+                connection.sendall(answer)
+            with suppress(ConnectionResetError):
+                while keep and connection.recv(65536):
+                    pass
+
+    threading.Thread(target=serve, daemon=True).start()
+    return server
 
 
 @contextmanager

@@ -1,100 +1,29 @@
-"""Delivery to real peers: order, patience, dead letters, storage commitment, and processes killed at any point."""
+"""Delivery to real peers: order, patience, dead letters, and what is told of them."""
 
 import logging
 import os
-import random
 import shutil
-import signal
-import subprocess
-import sys
-import threading
 import time
-from collections.abc import Callable, Iterator
 from datetime import UTC, datetime, timedelta
-from pathlib import Path
 
-import pytest
+from delivering import deliver, outbox, queue, scp, uids
 from prometheus_client import CollectorRegistry, generate_latest
-from pydicom.dataset import Dataset
-from pynetdicom import AE, evt
-from pynetdicom.sop_class import StorageCommitmentPushModel
-from result_peers import (
-    SECONDARY_CAPTURE,
-    SR_3D,
-    StorageScp,
-    WebServer,
-    open_descriptors,
-    orthanc,
-    parcel,
-    silent_server,
-    stored,
-    stored_uids,
-    until,
-)
+from result_peers import TIMEOUTS, StorageScp, WebServer, destination, open_descriptors, parcel, silent_server, stored, until
 
-from serve.node.delivery import Delivery
-from serve.node.destinations import DeliverySettings, PatienceSettings
+from serve.node.destinations import PatienceSettings
 from serve.node.outbox import DestinationQueue, Outbox
 from serve.node.parcels import Item, Parcel, ParcelState, StudyOrigin
 from serve.node.patience import pause_seconds
-from serve.node.storage_commitment import CommitmentRegistry, encoded_request, read_event_report
 
-ROOT = Path(__file__).resolve().parents[1]
-QUICK = {"connect_seconds": 5, "negotiation_seconds": 5, "send_seconds": 5, "response_seconds": 5}
-SOON = {"first_retry_seconds": 0.05, "max_retry_seconds": 0.2, "jitter": 0}
+__all__ = ["deliver", "outbox", "queue", "scp"]
 
-
-@pytest.fixture
-def outbox(tmp_path: Path) -> Outbox:
-    return Outbox(tmp_path / "outbox")
-
-
-@pytest.fixture
-def queue(outbox: Outbox) -> DestinationQueue:
-    return outbox.queue("pacs")
-
-
-@pytest.fixture
-def scp() -> Iterator[StorageScp]:
-    server = StorageScp().start()
-    yield server
-    threading.Thread(target=server.stop, daemon=True).start()
-
-
-def dicom(port: int, name: str = "pacs", **given: object) -> dict[str, object]:
-    defaults = dict(kind="dicom", name=name, host="127.0.0.1", port=port, called_ae="PACS", timeouts=QUICK)
-    return defaults | given
-
-
-def settings_of(*destinations: dict[str, object], patience: dict[str, object] | None = None, **given: object):
-    return DeliverySettings.model_validate(
-        {"destinations": destinations, "patience": {**SOON, **(patience or {})}, "poll_seconds": 0.1, **given}
-    )
-
-
-@pytest.fixture
-def deliver(outbox: Outbox) -> Iterator[Callable[..., Delivery]]:
-    started: list[Delivery] = []
-
-    def start(*destinations: dict[str, object], registry: CommitmentRegistry | None = None, metrics=None, **given: object):
-        made = Delivery(settings_of(*destinations, **given), outbox, registry, metrics)
-        started.append(made)
-        made.start()
-        return made
-
-    yield start
-    for made in started:
-        made.stop()
-
-
-def uids(*names: str) -> dict[str, int]:
-    return {f"1.2.{name}.{item}": 1 for name in names for item in (1, 2)}
+SMALL = parcel().items[0].read()
 
 
 def test_what_lies_in_the_outbox_and_what_is_added_arrives_once(deliver, outbox: Outbox, queue, scp: StorageScp) -> None:
     outbox.add(parcel("1"))
     before = open_descriptors()
-    deliver(dicom(scp.port), poll_seconds=60)
+    deliver(destination(scp.port), poll_seconds=60)
     until(queue.receipts)
     # Noticed at once, not with the next look.
     for name in "234":
@@ -114,7 +43,7 @@ def test_destination_that_hangs_holds_nobody_up(deliver, outbox: Outbox, queue, 
         for name in "12":
             outbox.add(parcel(name, "stuck", name))
             outbox.add(parcel(name, "pacs", name))
-        deliver(dicom(port, "stuck"), dicom(scp.port))
+        deliver(destination(port, "stuck"), destination(scp.port))
         until(lambda: len(queue.receipts()) == 2)
         assert len(outbox.queue("stuck").waiting()) == 2
 
@@ -124,7 +53,7 @@ def test_passing_trouble_is_waited_out_and_told_once(deliver, outbox: Outbox, qu
     for name in "12345":
         outbox.add(parcel(name, study=name))
     with caplog.at_level(logging.INFO):
-        deliver(dicom(server.port))
+        deliver(destination(server.port))
         until(lambda: sum(queue.state(name).attempts for name in queue.waiting()) >= 5)
         server.start()
         until(lambda: sum(record.message.endswith(": delivered") for record in caplog.records) == 5)
@@ -142,7 +71,7 @@ def test_of_a_study_the_later_waits_for_the_earlier(deliver, outbox: Outbox, que
     for name, sequence in (("3", 3), ("2", 2), ("1", 1)):
         outbox.add(parcel(name, sequence=sequence))
     outbox.add(parcel("9", study="9"))
-    deliver(dicom(scp.port))
+    deliver(destination(scp.port))
     until(lambda: len(queue.receipts()) == 4)
     of_study = [uid for uid in scp.order if not uid.startswith("1.2.9.")]
     assert of_study == ["1.2.1.1", "1.2.1.2", "1.2.2.1", "1.2.2.2", "1.2.3.1", "1.2.3.2"]
@@ -153,7 +82,7 @@ def test_later_revision_goes_when_the_earlier_is_dead(deliver, outbox: Outbox, q
     scp.script = lambda uid, _: 0xC000 if uid == "1.2.1.1" else 0x0000
     outbox.add(parcel("1", sequence=1))
     outbox.add(parcel("2", sequence=2))
-    deliver(dicom(scp.port))
+    deliver(destination(scp.port))
     until(lambda: queue.receipts() == [parcel("2").id])
     (dead,) = queue.dead_letters()
     assert dead.letter.reason == "sr.dcm: refused with 0xC000, cannot be understood"
@@ -166,7 +95,7 @@ def test_poisoned_parcels_do_not_keep_the_others(deliver, outbox: Outbox, queue,
     scp.script = lambda uid, _: 0x0110 if uid in poisoned else 0x0000
     for number in range(1, 13):
         outbox.add(parcel(str(number), study=str(number)))
-    deliver(dicom(scp.port))
+    deliver(destination(scp.port))
     until(lambda: sorted(queue.waiting()) == sorted(parcel(name).id for name in "1234"))
     assert len(queue.receipts()) == 8
     until(lambda: all(queue.state(name).attempts >= 3 for name in queue.waiting()))
@@ -177,7 +106,7 @@ def test_many_failures_in_a_row_slow_the_whole_destination_down(deliver, outbox:
     scp.script = lambda *_: 0xA700
     for number in range(200):
         outbox.add(parcel(str(number), study=str(number), items=(Item("sr.dcm", SMALL),)))
-    deliver(dicom(scp.port), patience={"first_retry_seconds": 0.2, "max_retry_seconds": 60})
+    deliver(destination(scp.port), patience={"first_retry_seconds": 0.2, "max_retry_seconds": 60})
     until(lambda: sum(scp.times.values()) >= 5)
     time.sleep(1)
     # Pauses of 0.2, 0.4, 0.8 ... s: without them all 200 would have been tried by now.
@@ -189,7 +118,7 @@ def test_many_failures_in_a_row_slow_the_whole_destination_down(deliver, outbox:
 def test_refusal_for_good_is_a_dead_letter_at_once_and_can_be_replayed(deliver, outbox: Outbox, queue, scp, caplog) -> None:
     outbox.add(parcel())
     with caplog.at_level(logging.INFO):
-        delivery = deliver(dicom(scp.port, called_ae="OTHER"))
+        delivery = deliver(destination(scp.port, called_ae="OTHER"))
         until(queue.dead_letters)
     (dead,) = queue.dead_letters()
     assert (dead.letter.reason, dead.letter.attempts) == (
@@ -199,7 +128,7 @@ def test_refusal_for_good_is_a_dead_letter_at_once_and_can_be_replayed(deliver, 
     assert not outbox.add(parcel())
     until(lambda: "dead letter; association rejected" in caplog.text)
     delivery.stop()
-    deliver(dicom(scp.port))
+    deliver(destination(scp.port))
     queue.replay(dead.id)
     until(lambda: queue.receipts() == [dead.id])
     assert scp.times == uids("1")
@@ -208,12 +137,12 @@ def test_refusal_for_good_is_a_dead_letter_at_once_and_can_be_replayed(deliver, 
 def test_partly_sent_parcel_goes_on_where_it_was_after_a_restart(deliver, outbox: Outbox, queue, scp: StorageScp) -> None:
     scp.script = lambda uid, _: 0xA700 if uid == "1.2.1.2" else 0x0000
     outbox.add(parcel())
-    delivery = deliver(dicom(scp.port))
+    delivery = deliver(destination(scp.port))
     until(lambda: queue.state(parcel().id).attempts >= 2)
     delivery.stop()
     assert queue.state(parcel().id).confirmed == ("sr.dcm",)
     scp.script = lambda *_: 0x0000
-    deliver(dicom(scp.port))
+    deliver(destination(scp.port))
     until(queue.receipts)
     assert scp.times["1.2.1.1"] == 1
     assert queue.receipt(parcel().id).attempts > 2
@@ -224,7 +153,7 @@ def test_receipt_that_cannot_be_written_sends_nothing_twice(deliver, outbox: Out
     receipts = queue.root / "delivered"
     receipts.rename(queue.root / "aside")
     receipts.write_text("in the way")
-    deliver(dicom(scp.port))
+    deliver(destination(scp.port))
     until(lambda: queue.state(parcel().id).attempts >= 2)
     assert queue.waiting() == [parcel().id]
     receipts.unlink()
@@ -235,7 +164,7 @@ def test_receipt_that_cannot_be_written_sends_nothing_twice(deliver, outbox: Out
 
 def test_crash_between_receipt_and_end_sends_nothing_twice(deliver, outbox: Outbox, queue, scp: StorageScp) -> None:
     outbox.add(parcel("1"))
-    delivery = deliver(dicom(scp.port))
+    delivery = deliver(destination(scp.port))
     until(queue.receipts)
     delivery.stop()
     kept = (queue.root / "delivered" / f"{parcel('1').id}.json").read_bytes()
@@ -243,7 +172,7 @@ def test_crash_between_receipt_and_end_sends_nothing_twice(deliver, outbox: Outb
     outbox.add(parcel("1"))
     (queue.root / "delivered" / f"{parcel('1').id}.json").write_bytes(kept)
     outbox.add(parcel("2"))
-    deliver(dicom(scp.port))
+    deliver(destination(scp.port))
     until(lambda: queue.waiting() == [])
     assert scp.times == uids("1", "2")
 
@@ -254,7 +183,7 @@ def test_unreadable_parcel_is_a_dead_letter(deliver, outbox: Outbox, queue, scp:
     outbox.add(parcel("2"))
     outbox.add(parcel("3"))
     (queue.root / "waiting" / parcel("3").id / "sr.dcm").unlink()
-    deliver(dicom(scp.port))
+    deliver(destination(scp.port))
     # What was taken away from under it is not given up: whoever did it may put it back.
     until(lambda: queue.dead_letters() and queue.waiting() == [parcel("3").id])
     assert "parcel.json cannot be read" in queue.dead_letters()[0].letter.reason
@@ -268,11 +197,11 @@ def test_unreadable_parcel_is_a_dead_letter(deliver, outbox: Outbox, queue, scp:
 def test_parcel_is_given_up_only_when_asked_for(deliver, outbox: Outbox, queue, free_port) -> None:
     outbox.add(parcel("1", created_at=datetime.now(UTC) - timedelta(days=400)))
     outbox.add(parcel("2", study="2"))
-    delivery = deliver(dicom(free_port()))
+    delivery = deliver(destination(free_port()))
     until(lambda: queue.state(parcel("1").id).attempts >= 2)
     delivery.stop()
     assert queue.count_dead() == 0
-    deliver(dicom(free_port()), patience={"give_up_days": 30})
+    deliver(destination(free_port()), patience={"give_up_days": 30})
     until(queue.count_dead)
     (dead,) = queue.dead_letters()
     assert dead.id == parcel("1").id
@@ -282,10 +211,10 @@ def test_parcel_is_given_up_only_when_asked_for(deliver, outbox: Outbox, queue, 
 
 def test_second_delivery_waits_and_takes_over(deliver, outbox: Outbox, queue, scp: StorageScp, caplog) -> None:
     with caplog.at_level(logging.INFO):
-        first = deliver(dicom(scp.port))
+        first = deliver(destination(scp.port))
         outbox.add(parcel("1"))
         until(queue.receipts)
-        deliver(dicom(scp.port))
+        deliver(destination(scp.port))
         until(lambda: "holds delivery.lock" in caplog.text)
     first.stop()
     outbox.add(parcel("2"))
@@ -296,8 +225,8 @@ def test_second_delivery_waits_and_takes_over(deliver, outbox: Outbox, queue, sc
 def test_stop_does_not_wait_for_a_peer_that_hangs(deliver, outbox: Outbox, queue) -> None:
     with silent_server() as port:
         outbox.add(parcel())
-        patient = dict.fromkeys(QUICK, 600)
-        delivery = deliver(dicom(port, timeouts=patient | {"response_seconds": 3600}))
+        patient = dict.fromkeys(TIMEOUTS, 600)
+        delivery = deliver(destination(port, timeouts=patient | {"response_seconds": 3600}))
         time.sleep(0.3)
         begun = time.monotonic()
         delivery.stop()
@@ -308,7 +237,7 @@ def test_stop_does_not_wait_for_a_peer_that_hangs(deliver, outbox: Outbox, queue
 def test_orphans_are_told_of_and_kept(deliver, outbox: Outbox, scp: StorageScp, caplog) -> None:
     outbox.add(parcel(destination="old"))
     with caplog.at_level(logging.INFO):
-        deliver(dicom(scp.port))
+        deliver(destination(scp.port))
         until(lambda: "destination old is not in the settings: 1 parcels are kept for it" in caplog.text)
     assert outbox.queue("old").waiting() == [parcel(destination="old").id]
     assert outbox.orphaned() == ["old"]
@@ -320,7 +249,7 @@ def test_sender_that_is_away_does_not_hold_up_another(deliver, outbox: Outbox, s
         outbox.add(parcel(name, "sender", name, origin=StudyOrigin(calling_ae=title, address="127.0.0.1")))
     peers = {"AWAY": free_port(), "PACS": scp.port}
     deliver(
-        {"kind": "sender", "peers": peers, "timeouts": QUICK}, patience={"first_retry_seconds": 30, "max_retry_seconds": 30}
+        {"kind": "sender", "peers": peers, "timeouts": TIMEOUTS}, patience={"first_retry_seconds": 30, "max_retry_seconds": 30}
     )
     until(lambda: queue.receipts() == [parcel("3", "sender").id])
     assert scp.times == uids("3")
@@ -337,7 +266,7 @@ def test_of_a_study_each_sender_gets_its_own_in_order(deliver, outbox: Outbox, s
     for name, title, sequence in (("1", "AWAY", 1), ("2", "AWAY", 2), ("4", "PACS", 2), ("3", "PACS", 1)):
         outbox.add(returned(name, title, "1.2.3", sequence))
     away = StorageScp(titles=["AWAY"], port=free_port())
-    deliver({"kind": "sender", "peers": {"AWAY": away.port, "PACS": scp.port}, "timeouts": QUICK})
+    deliver({"kind": "sender", "peers": {"AWAY": away.port, "PACS": scp.port}, "timeouts": TIMEOUTS})
     until(lambda: len(queue.receipts()) == 2)
     assert scp.order == ["1.2.3.1", "1.2.3.2", "1.2.4.1", "1.2.4.2"]
     away.start()
@@ -350,7 +279,7 @@ def test_sender_that_hangs_does_not_hold_up_another(deliver, outbox: Outbox, scp
     queue = outbox.queue("sender")
     with silent_server() as port:
         outbox.add(returned("1", "STUCK", "1.2.3"))
-        deliver({"kind": "sender", "peers": {"STUCK": port, "PACS": scp.port}, "timeouts": dict.fromkeys(QUICK, 60)})
+        deliver({"kind": "sender", "peers": {"STUCK": port, "PACS": scp.port}, "timeouts": dict.fromkeys(TIMEOUTS, 60)})
         time.sleep(0.3)
         begun = time.monotonic()
         for name in "234":
@@ -367,7 +296,7 @@ def test_many_senders_that_hang_hold_up_another_no_longer_than_their_time(delive
         outbox.add(returned(str(number), title, str(number)))
     with silent_server() as port:
         peers = {**dict.fromkeys(titles, port), "PACS": scp.port}
-        timeouts = {**QUICK, "negotiation_seconds": 0.5}
+        timeouts = {**TIMEOUTS, "negotiation_seconds": 0.5}
         deliver({"kind": "sender", "peers": peers, "timeouts": timeouts}, patience={"first_retry_seconds": 2})
         time.sleep(0.2)
         outbox.add(returned("99", "PACS", "99"))
@@ -388,7 +317,7 @@ def test_sender_has_one_association_at_a_time(deliver, outbox: Outbox, scp: Stor
     scp.script, scp.answers_in = script, 0.01
     for number in range(40):
         outbox.add(returned(str(number), "PACS", str(number)))
-    deliver({"kind": "sender", "peers": {"PACS": scp.port}, "timeouts": QUICK})
+    deliver({"kind": "sender", "peers": {"PACS": scp.port}, "timeouts": TIMEOUTS})
     until(lambda: len(queue.receipts()) == 40)
     assert set(most) == {1}
     # It gives way to other peers now and then, and comes back.
@@ -436,7 +365,7 @@ def test_metrics_tell_what_waits_and_what_became_of_the_rest(deliver, outbox: Ou
     outbox.add(parcel("1", "away"))
     os.utime(outbox.queue("away").root / "waiting" / parcel("1", "away").id / "parcel.json", (time.time() - 90,) * 2)
     registry = CollectorRegistry()
-    delivery = deliver(dicom(scp.port), dicom(free_port(), "away"), metrics=registry)
+    delivery = deliver(destination(scp.port), destination(free_port(), "away"), metrics=registry)
     pacs, away = delivery.counts["pacs"], delivery.counts["away"]
     until(lambda: pacs["delivered"] and pacs["dead"] and away["failed"])
     value = lambda name, of: registry.get_sample_value(f"cxr_delivery_{name}", {"destination": of})  # noqa: E731
@@ -458,324 +387,6 @@ def test_pauses_double_up_to_the_longest_and_respect_what_is_asked_for() -> None
     spread = [pause_seconds(PatienceSettings(jitter=0.5), 3) for _ in range(200)]
     assert 4 <= min(spread) < 4.5
     assert 5.5 < max(spread) <= 6
-
-
-# Storage commitment.
-
-
-def asked(event: evt.Event) -> tuple[str, list[tuple[str, str]]]:
-    request = event.action_information
-    items = [(str(item.ReferencedSOPClassUID), str(item.ReferencedSOPInstanceUID)) for item in request.ReferencedSOPSequence]
-    return str(request.TransactionUID), items
-
-
-class CommittingScp(StorageScp):
-    """Takes questions for storage commitment and keeps them in `questions`."""
-
-    def __init__(self, status: int = 0x0000) -> None:
-        self.questions: list[tuple[str, list[tuple[str, str]]]] = []
-
-        def commits(event: evt.Event) -> tuple[int, Dataset | None]:
-            self.questions.append(asked(event))
-            return status, None
-
-        super().__init__(commits=commits)
-
-
-INSTANCES = [(SR_3D, "1.2.1.1"), (SECONDARY_CAPTURE, "1.2.1.2")]
-
-
-@pytest.fixture
-def committing() -> Iterator[CommittingScp]:
-    server = CommittingScp()
-    server.start()
-    yield server
-    threading.Thread(target=server.stop, daemon=True).start()
-
-
-def test_delivered_is_what_the_peer_commits_to(deliver, outbox: Outbox, queue, committing: CommittingScp) -> None:
-    registry = CommitmentRegistry(outbox)
-    deliver(dicom(committing.port, commitment={"linger_seconds": 0}), registry=registry)
-    outbox.add(parcel("1"))
-    outbox.add(parcel("2", sequence=2))
-    until(lambda: committing.questions)
-    ((transaction, instances),) = committing.questions
-    assert sorted(instances) == sorted(INSTANCES)
-    time.sleep(0.3)
-    assert (len(queue.waiting()), queue.receipts()) == (2, [])
-    assert not registry.report("1.2.3", instances, [])
-    assert registry.report(transaction, instances, [])
-    until(lambda: queue.receipts() == [parcel("1").id])
-    assert queue.receipt(parcel("1").id).committed
-    # The next revision was held back until now.
-    until(lambda: len(committing.questions) == 2)
-    # A report that is repeated is of no transaction any more.
-    assert not registry.report(transaction, instances, [])
-    assert committing.times == uids("1", "2")
-
-
-def test_report_after_a_restart_counts_and_nothing_is_sent_or_asked_again(deliver, outbox, queue, committing) -> None:
-    outbox.add(parcel())
-    delivery = deliver(dicom(committing.port, commitment=True))
-    until(lambda: queue.state(parcel().id).asked_at)
-    delivery.stop()
-    ((transaction, instances),) = committing.questions
-    # While nobody delivers, in what might be another process.
-    assert CommitmentRegistry(Outbox(outbox.root)).report(transaction, instances, [])
-    deliver(dicom(committing.port, commitment=True))
-    until(queue.receipts)
-    assert (len(committing.questions), committing.times) == (1, uids("1"))
-    until(lambda: list((queue.root / "commitments").iterdir()) == [])
-
-
-def test_what_is_not_committed_to_is_sent_again_and_then_dead(deliver, outbox, queue, committing: CommittingScp) -> None:
-    registry = CommitmentRegistry(outbox)
-    outbox.add(parcel())
-    deliver(dicom(committing.port, commitment={"resends": 1}), registry=registry)
-    until(lambda: committing.questions)
-    transaction, (report, capture) = committing.questions[0][0], INSTANCES
-    assert registry.report(transaction, [report], [(*capture, 0x0112)])
-    until(lambda: len(committing.questions) == 2)
-    assert committing.times == {"1.2.1.1": 1, "1.2.1.2": 2}
-    # Not naming an instance is not committing to it.
-    assert registry.report(committing.questions[1][0], [report], [])
-    until(queue.dead_letters)
-    assert queue.dead_letters()[0].letter.reason == "not committed to with 0x0000, sent 2 times"
-
-
-def test_class_that_is_never_committed_to_is_dead_at_once(deliver, outbox, queue, committing: CommittingScp) -> None:
-    registry = CommitmentRegistry(outbox)
-    outbox.add(parcel())
-    deliver(dicom(committing.port, commitment=True), registry=registry)
-    until(lambda: committing.questions)
-    registry.report(committing.questions[0][0], [], [(*instance, 0x0122) for instance in INSTANCES])
-    until(queue.dead_letters)
-    assert queue.dead_letters()[0].letter.reason == "storage commitment refused with 0x0122"
-
-
-def test_peer_that_does_not_report_is_asked_again(deliver, outbox, queue, committing: CommittingScp) -> None:
-    registry = CommitmentRegistry(outbox)
-    outbox.add(parcel())
-    deliver(dicom(committing.port, commitment={"timeout_seconds": 0.3, "linger_seconds": 0}), registry=registry)
-    until(lambda: len(committing.questions) >= 3)
-    # The answer to the first question is as good as any.
-    assert registry.report(*committing.questions[0], [])
-    until(queue.receipts)
-    assert committing.times == uids("1")
-
-
-@pytest.mark.parametrize(
-    ("server", "reason"),
-    [
-        (StorageScp(), "presentation context refused: storage commitment"),
-        (CommittingScp(0x0122), "storage commitment refused with 0x0122, SOP class not supported"),
-    ],
-)
-def test_peer_without_commitment_makes_a_dead_letter(deliver, outbox, queue, server: StorageScp, reason: str) -> None:
-    server.start()
-    outbox.add(parcel())
-    deliver(dicom(server.port, commitment=True))
-    until(queue.dead_letters)
-    assert queue.dead_letters()[0].letter.reason == reason
-    server.stop()
-
-
-def event_information(transaction: str, committed: list[tuple[str, str]], failed: list[tuple[str, str, int]]) -> Dataset:
-    report = Dataset()
-    report.TransactionUID = transaction
-    for keyword, entries in (("ReferencedSOPSequence", committed), ("FailedSOPSequence", failed)):
-        items = []
-        for sop_class, sop_instance, *reason in entries:
-            item = Dataset()
-            item.ReferencedSOPClassUID, item.ReferencedSOPInstanceUID = sop_class, sop_instance
-            if reason:
-                item.FailureReason = reason[0]
-            items.append(item)
-        if items:
-            setattr(report, keyword, items)
-    return report
-
-
-def test_report_on_our_own_association_is_taken(deliver, outbox, queue) -> None:
-    answers: list[int] = []
-
-    def commits(event: evt.Event) -> tuple[int, None]:
-        transaction, items = asked(event)
-
-        def report() -> None:
-            time.sleep(0.2)
-            status, _ = event.assoc.send_n_event_report(
-                event_information(transaction, items, []), 1, StorageCommitmentPushModel, "1.2.840.10008.1.20.1.1"
-            )
-            answers.append(status.Status)
-
-        threading.Thread(target=report, daemon=True).start()
-        return 0x0000, None
-
-    server = StorageScp(commits=commits).start()
-    outbox.add(parcel())
-    deliver(dicom(server.port, commitment={"linger_seconds": 30}))
-    until(queue.receipts)
-    until(lambda: answers)
-    assert (answers, server.associations) == ([0x0000], 1)
-    assert queue.receipt(parcel().id).committed
-    server.stop()
-
-
-def test_report_that_makes_no_sense_is_refused(outbox: Outbox) -> None:
-    registry = CommitmentRegistry(outbox)
-    uid = registry.open("pacs", "parcel-1")
-    explicit = "1.2.840.10008.1.2.1"
-    assert registry.handle_event_report(1, explicit, encoded_request("1.2.3", INSTANCES, explicit)) == 0x0115
-    assert registry.handle_event_report(3, explicit, encoded_request(uid, INSTANCES, explicit)) == 0x0115
-    assert registry.handle_event_report(1, explicit, b"\x08\x00\x95\x11UI\xff\xff1") == 0x0115
-    assert registry.handle_event_report(1, explicit, b"") == 0x0115
-    assert registry.handle_event_report(1, explicit, encoded_request(uid, INSTANCES * 3000, explicit)) == 0x0213
-    assert [registry.is_open(each) for each in (uid, "1.2.3", "../" + uid)] == [True, False, False]
-    for syntax in ("1.2.840.10008.1.2", explicit, "1.2.840.10008.1.2.2"):
-        encoded = encoded_request(uid, INSTANCES, syntax)
-        assert (read_event_report(encoded, syntax).committed, read_event_report(encoded, syntax).failed) == (INSTANCES, [])
-        assert registry.handle_event_report(1, syntax, encoded) == 0x0000
-
-
-@pytest.mark.system
-def test_orthanc_commits_on_an_association_of_its_own(deliver, outbox, queue, free_port, tmp_path: Path) -> None:
-    registry = CommitmentRegistry(outbox)
-    node = AE("NODE")
-    node.add_supported_context(StorageCommitmentPushModel, scu_role=True, scp_role=True)
-    node.add_supported_context(StorageCommitmentPushModel)
-    answered: list[int] = []
-
-    def reported(event: evt.Event) -> tuple[int, None]:
-        encoded = event.request.EventInformation.getvalue()
-        answered.append(registry.handle_event_report(event.request.EventTypeID, event.context.transfer_syntax, encoded))
-        return answered[-1], None
-
-    listener = node.start_server(("127.0.0.1", 0), block=False, evt_handlers=[(evt.EVT_N_EVENT_REPORT, reported)])
-    modalities = {"node": {"AET": "NODE", "Host": "127.0.0.1", "Port": listener.server_address[1]}}
-    dicom_port = free_port()
-    with orthanc(tmp_path / "orthanc", free_port(), dicom_port, DicomModalities=modalities) as client:
-        outbox.add(parcel("1", study="1.2.3"))
-        outbox.add(parcel("2", study="1.2.4"))
-        deliver(dicom(dicom_port, called_ae="ORTHANC", calling_ae="NODE", commitment=True), registry=registry)
-        until(lambda: len(queue.receipts()) == 2)
-        assert stored_uids(client) == sorted(uids("1", "2"))
-    assert answered == [0x0000, 0x0000]
-    assert all(queue.receipt(name).committed for name in queue.receipts())
-    threading.Thread(target=listener.shutdown, daemon=True).start()
-
-
-# Kills.
-
-DELIVERER = """
-import sys, time
-from pathlib import Path
-from serve.node.delivery import Delivery
-from serve.node.destinations import DeliverySettings
-from serve.node.outbox import Outbox
-settings = DeliverySettings.model_validate_json(sys.argv[2])
-with Delivery(settings, Outbox(Path(sys.argv[1]))):
-    time.sleep(120)
-"""
-
-
-def killed_at_random(outbox: Outbox, settings: DeliverySettings, seed: int) -> int:
-    """Run delivery in processes that are killed a moment after each has delivered something, until nothing waits."""
-    chance, kills, queue = random.Random(seed), 0, outbox.queue("pacs")
-    command = [sys.executable, "-c", DELIVERER, outbox.root, settings.model_dump_json()]
-    while queue.waiting():
-        before = len(queue.receipts())
-        process = subprocess.Popen(command, cwd=ROOT)
-        until(lambda: len(queue.receipts()) > before or not queue.waiting())  # noqa: B023
-        time.sleep(chance.random() / 5)
-        process.send_signal(signal.SIGKILL)
-        process.wait()
-        kills += 1
-    return kills
-
-
-@pytest.mark.system
-def test_killed_again_and_again_it_loses_nothing(outbox: Outbox, queue, scp: StorageScp) -> None:
-    # Now and then the peer is short of something, too; each instance takes a while, so that kills hit all stages.
-    scp.answers_in = 0.01
-    scp.script = lambda uid, turn: 0xA700 if turn == 1 and uid.endswith("7.1") else 0x0000
-    names = [str(number) for number in range(60)]
-    for name in names:
-        outbox.add(parcel(name, study=str(int(name) // 2), sequence=int(name) % 2 + 1))
-    settings = settings_of(dicom(scp.port))
-    kills = killed_at_random(outbox, settings, 7)
-    assert kills >= 3
-    assert set(queue.receipts()) == {parcel(name).id for name in names}
-    assert queue.count_dead() == 0
-    assert set(scp.order) == set(uids(*names))
-    # What was under way when the process died may come twice, under the same UID; nothing else does.
-    again = sum(scp.order.count(uid) - 1 for uid in set(scp.order))
-    assert again <= kills
-    for study in range(30):
-        first, second = (f"1.2.{2 * study + place}.2" for place in (0, 1))
-        assert scp.order.index(first) < scp.order.index(second)
-    DestinationQueue(queue.root)
-    assert list((queue.root / "incoming").iterdir()) == []
-
-
-STEPS = ["confirmed", "receipt", "letter", "asked"]
-
-
-@pytest.mark.system
-@pytest.mark.parametrize("step", STEPS)
-def test_killed_at_the_worst_moment(outbox: Outbox, queue, committing: CommittingScp, step: str, deliver) -> None:
-    """The process dies between two steps, each in turn; the next one finishes what was begun."""
-    before = {
-        "confirmed": "DestinationQueue.keep_state",
-        "receipt": "DestinationQueue.let_go",
-        "letter": "DestinationQueue._move",
-        "asked": "DestinationLoop._note",
-    }[step]
-    if step == "letter":
-        committing.script = lambda *_: 0xC000
-    commitment = True if step == "asked" else None
-    settings = settings_of(dicom(committing.port, commitment=commitment))
-    dying = f"""
-import os
-import serve.node.destination_loop
-from serve.node.outbox import DestinationQueue
-from serve.node.destination_loop import DestinationLoop
-calls = 0
-def die(*arguments, **options):
-    global calls
-    calls += 1
-    if {step!r} != "asked" or "asked_at" in options:
-        os.kill(os.getpid(), 9)
-    return kept(*arguments, **options)
-kept = {before}
-{before} = die
-"""
-    outbox.add(parcel())
-    process = subprocess.run(
-        [sys.executable, "-c", dying + DELIVERER, outbox.root, settings.model_dump_json()], cwd=ROOT, timeout=60, check=False
-    )
-    assert process.returncode == -signal.SIGKILL
-    assert queue.waiting() == [parcel().id]
-    registry = CommitmentRegistry(outbox)
-    deliver(dicom(committing.port, commitment=commitment), registry=registry)
-    if step == "letter":
-        until(queue.dead_letters)
-        assert queue.waiting() == []
-        return
-    if step == "asked":
-        until(lambda: len(committing.questions) == 2)
-        assert registry.report(*committing.questions[0], [])
-    until(queue.receipts)
-    until(lambda: queue.waiting() == [])
-    wanted = {"confirmed": {"1.2.1.1": 2, "1.2.1.2": 1}}.get(step, uids("1"))
-    assert committing.times == wanted
-
-
-def _small() -> bytes:
-    return parcel(items=None).items[0].read()
-
-
-SMALL = _small()
 
 
 def test_state_of_an_older_version_is_read(queue: DestinationQueue, outbox: Outbox) -> None:

@@ -2,7 +2,6 @@
 
 import json
 import logging
-import threading
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from io import BytesIO
@@ -16,7 +15,7 @@ from pydicom.dataset import Dataset
 from pydicom.uid import generate_uid
 from pynetdicom import AE
 from result_answers import service_answer
-from result_peers import StorageScp
+from result_peers import PATIENCE, TIMEOUTS, StorageScp
 from waiting import until
 
 from serve.node.assembly import Assembler, AssemblySettings
@@ -34,8 +33,6 @@ from serve.spooled_intake import SpooledIntake
 
 CR = "1.2.840.10008.5.1.4.1.1.1"
 QUICK = AssemblySettings(quiet_seconds=0.1)
-TIMEOUTS = {"connect_seconds": 5, "negotiation_seconds": 5, "send_seconds": 5, "response_seconds": 5}
-PATIENCE = {"first_retry_seconds": 0.05, "max_retry_seconds": 0.2, "jitter": 0}
 
 
 class Node:
@@ -82,7 +79,7 @@ def scp() -> Iterator[Callable[..., StorageScp]]:
 
     yield make
     for server in made:
-        threading.Thread(target=server.stop, daemon=True).start()
+        server.stop_soon()
 
 
 def film(study: str) -> Dataset:

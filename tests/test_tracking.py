@@ -20,6 +20,7 @@ import httpx
 import pytest
 import yaml
 from pyarrow import fs
+from s3_server import bucket
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from cxr_ray import __version__, mlflow_tracker, storage
@@ -27,6 +28,8 @@ from cxr_ray.errors import CxrRayError, UsageError
 from cxr_ray.tracking import Mlflow, TensorBoard, Trackers, trackers_for
 from cxr_ray.train_events import EpochResult, TrainEvent
 from cxr_ray.train_settings import TrainSettings
+
+__all__ = ["bucket"]
 
 IMAGES = 100
 EPOCHS = 3
@@ -243,22 +246,9 @@ def test_a_full_disk_is_told_once_and_ends_nothing(tmp_path):
     assert line.endswith("; the training goes on without it")
 
 
-@pytest.fixture(scope="module")
-def bucket(free_port: Callable[[], int], tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[[str], str]]:
-    """URI of a path in a bucket of an S3 server that runs for these tests."""
-    port = free_port()
-    program = Path(sys.executable).with_name("moto_server")
-    command, folder = [program, "-H", "127.0.0.1", "-p", port], tmp_path_factory.mktemp("s3")
-    with started(command, f"http://127.0.0.1:{port}/moto-api/", folder) as wait:
-        wait()
-        options = f"endpoint_override=127.0.0.1%3A{port}&scheme=http&region=us-east-1&allow_bucket_creation=true"
-        yield lambda path: f"s3://writer:{SECRET}@runs/{path}?{options}"
-
-
 def test_event_files_on_an_object_store_grow_with_each_epoch(bucket, tmp_path):
     uri = bucket("run")
     filesystem, root = storage.resolve(uri)
-    filesystem.create_dir("runs")
 
     def copied() -> Path:
         folder = tmp_path / "copy" / "tensorboard"

@@ -20,13 +20,13 @@ import psycopg
 import pytest
 import yaml
 from conftest import run_peer
-from host_site import BUCKET, GATEWAY, SUBNET, Account, Site, environment, object_store, replicas, running_site, until
+from host_site import GATEWAY, SUBNET, Account, Site, environment, object_store, replicas, running_site, until
 from local_cluster import clean_environment
 from orthanc import RunningOrthanc, running, running_orthanc
 from postgres import running_postgres
 from pydicom.uid import generate_uid
+from s3_server import BUCKET, upload
 
-from cxr_ray import storage
 from ingest.phantom import simulate_patients
 from ingest.phantom_drawing import draw
 from ingest.phantom_release import phantom_dicom
@@ -118,10 +118,7 @@ def site() -> Iterator[Site]:
 @pytest.fixture(scope="module")
 def service(site: Site, untrained_bundle: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Service]:
     folder = tmp_path_factory.mktemp("service")
-    filesystem, root = storage.resolve(f"s3://{BUCKET}/models/chest")
-    for path in untrained_bundle.iterdir():
-        with filesystem.open_output_stream(f"{root}/{path.name}", compression=None) as stream:
-            stream.write(path.read_bytes())
+    upload(untrained_bundle, f"s3://{BUCKET}/models/chest")
     settings = {
         "bundle": f"s3://{BUCKET}/models/chest",
         "store": STORE,

@@ -1,18 +1,13 @@
 """A release and an archive on an S3-compatible server become a dataset there, and a run there reads it: real sockets."""
 
 import io
-import subprocess
-import sys
 import tarfile
-import time
-import urllib.request
 import zipfile
-from collections.abc import Callable, Iterator
-from pathlib import Path
 
 import pytest
 from nih_release import ROWS, make
 from pyarrow import fs
+from s3_server import SECRET, bucket, upload
 
 from cxr_ray import storage
 from cxr_ray.bundle import load_bundle
@@ -28,45 +23,9 @@ from ingest.nih import NihSettings, ingest_nih
 from ingest.phantom_release import PhantomSettings, make_release
 from ingest.shards import LEFT_OUT
 
+__all__ = ["bucket"]
+
 pytestmark = [pytest.mark.system, pytest.mark.ray]
-
-SECRET = "a-secret-of-the-server"
-
-
-@pytest.fixture(scope="module")
-def bucket(free_port: Callable[[], int], tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[[str], str]]:
-    """URI of a path in a bucket of a server that runs for these tests."""
-    port = free_port()
-    log = (tmp_path_factory.mktemp("s3") / "log").open("w")
-    program = Path(sys.executable).with_name("moto_server")
-    server = subprocess.Popen([program, "-H", "127.0.0.1", "-p", str(port)], stdout=log, stderr=log)
-    try:
-        for _ in range(200):
-            try:
-                urllib.request.urlopen(f"http://127.0.0.1:{port}/moto-api/", timeout=1).close()
-                break
-            except OSError:
-                time.sleep(0.1)
-        options = f"endpoint_override=127.0.0.1%3A{port}&scheme=http&region=us-east-1&allow_bucket_creation=true"
-
-        def uri(path: str) -> str:
-            return f"s3://reader:{SECRET}@radiographs/{path}?{options}"
-
-        filesystem, _ = storage.resolve(uri(""))
-        filesystem.create_dir("radiographs")
-        yield uri
-    finally:
-        server.terminate()
-        server.wait(10)
-        log.close()
-
-
-def upload(folder: Path, uri: str) -> None:
-    filesystem, root = storage.resolve(uri)
-    for path in folder.rglob("*"):
-        if path.is_file():
-            with filesystem.open_output_stream(f"{root}/{path.relative_to(folder)}", compression=None) as stream:
-                stream.write(path.read_bytes())
 
 
 def names(uri: str) -> set[str]:
