@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 
 from cluster.answers import client_errors, told
 from cluster.connection import Cluster, reach
@@ -56,7 +57,9 @@ def list_jobs(
         # Ids are copied: only the command is broken into lines.
         shown.add_column(name, overflow="fold", no_wrap=name != "command", justify="right" if name == "took" else "left")
     for job in found:
-        shown.add_row(job.submission_id, job.status.value.lower(), _began(job), _took(job), _command(job))
+        # As text: what is in brackets in a command is no markup.
+        told_of = (job.submission_id or "", job.status.value.lower(), _began(job), _took(job), _command(job))
+        shown.add_row(*map(Text, told_of))
     Console().print(shown)
 
 
@@ -118,12 +121,12 @@ def _as_json(job: "JobDetails") -> dict[str, object]:
         "began": None if job.start_time is None else _moment(job.start_time).isoformat(),
         "ended": None if not job.end_time else _moment(job.end_time).isoformat(),
         "exit_code": job.driver_exit_code,
-        "message": last_line(job.message or "") if job.message else None,
+        "message": hidden(last_line(job.message or "")) if job.message else None,
     }
 
 
 def _command(job: "JobDetails") -> str:
-    return job.entrypoint.removeprefix(_INTERPRETER)
+    return hidden(job.entrypoint.removeprefix(_INTERPRETER))
 
 
 def _began(job: "JobDetails") -> str:

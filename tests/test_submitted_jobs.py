@@ -1,5 +1,6 @@
 """Jobs on a cluster that breaks, forgets, refuses and has no room: what is said, in one line, and what is done."""
 
+import json
 import threading
 import time
 from pathlib import Path
@@ -189,6 +190,23 @@ def test_a_connection_that_stays_lost_while_a_log_is_followed_is_told(fails, cap
     assert said.err.splitlines()[0].endswith("connection lost, the job goes on; trying again")
     assert said.err.splitlines()[1].startswith("cxr-ray: job a: connection lost (")
     assert said.err.count("\n") == 2
+
+
+def test_jobs_are_listed_as_they_were_typed_but_for_credentials(capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "200")
+    commands = ["ls [/tmp]", "python -P -m cxr_ray train --data 's3://b/[x]'", "cp s3://AKIA123:SECRET/KEY@bucket/d x"]
+    shown = ["ls [/tmp]", "train --data 's3://b/[x]'", "cp s3://***@bucket/d x"]
+    with JobDashboard() as dashboard:
+        for number, command in enumerate(commands):
+            dashboard.add(f"job-{number}", command, "FAILED", message="lost https://u:SECRET@mlflow")
+        assert called(jobs_cli.jobs, "list", *to(dashboard)) == 0
+        table = capsys.readouterr().out
+        assert called(jobs_cli.jobs, "list", *to(dashboard), "--json") == 0
+        listed = capsys.readouterr().out
+    for text in shown:
+        assert text in table
+    assert [each["command"] for each in reversed(json.loads(listed))] == shown
+    assert "SECRET" not in table + listed
 
 
 @pytest.mark.parametrize("given", [["--retries", "2"], ["--no-wait"], ["--num-cpus", "1"], ["--submission-id", "b"], ["train"]])
