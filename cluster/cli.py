@@ -11,6 +11,7 @@ from cluster.connection import Cluster, reach
 from cluster.credentials import hidden
 from cluster.errors import SubmitError
 from cluster.job import Job
+from cluster.room import check_room
 from cluster.submit import client_of, submit_patiently
 from cluster.submit import submit as submit_job
 
@@ -77,6 +78,7 @@ def _submit(
         prepared = command_line(command or [], Path.cwd())
         check(command or [])
         cluster = reach(address, token_file, ca_file)
+        check_room(cluster, num_cpus)
         job = submit_job(cluster, prepared, submission_id=submission_id, num_cpus=num_cpus)
         _write(f"{job.submission_id}\n")
         raise SystemExit(0 if no_wait else _see_through(job, cluster, prepared, num_cpus, retries))

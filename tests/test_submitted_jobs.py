@@ -219,6 +219,18 @@ def test_what_is_said_of_another_job_is_no_part_of_attaching(given, capsys):
     assert given[0] in said.err
 
 
+def test_a_reservation_that_no_node_can_hold_is_refused_before_anything_is_sent(capsys):
+    with JobDashboard(nodes=(4, 16, 8)) as dashboard:
+        assert called(cli.submit, *to(dashboard), "--num-cpus", "64", *TRAIN) == 1
+        assert not any(asked.startswith("POST") for asked in dashboard.asked)
+        said = capsys.readouterr()
+        assert f"--num-cpus 64: the largest node of {dashboard.address} has 16 CPUs" in said.err
+        assert (said.out, said.err.count("\n")) == ("", 1)
+        assert called(cli.submit, *to(dashboard), "--num-cpus", "16", "--no-wait", *TRAIN) == 0
+    with JobDashboard(grows=True) as dashboard:
+        assert called(cli.submit, *to(dashboard), "--num-cpus", "64", "--no-wait", *TRAIN) == 0
+
+
 def test_a_job_that_does_not_start_is_said_to_wait_once(monkeypatch):
     monkeypatch.setattr(job, "_SECONDS_TO_START", 0.3)
     monkeypatch.setattr(job, "_SECONDS_OF_SILENCE", 0.3)
