@@ -8,9 +8,11 @@ import typer
 
 from cluster.command_line import COMMANDS, CommandLine, check, command_line
 from cluster.connection import Cluster, reach
+from cluster.credentials import hidden
 from cluster.errors import SubmitError
 from cluster.job import Job
-from cluster.submit import client_of
+from cluster.room import check_room
+from cluster.submit import client_of, submit_patiently
 from cluster.submit import submit as submit_job
 
 _HELP = "\n\n".join(
@@ -27,6 +29,8 @@ _HELP = "\n\n".join(
         "'python' in the head node's PATH. The code of cxr-ray itself is uploaded from here.",
         "A cluster with token authentication (RAY_AUTH_MODE=token) takes its token from --token-file, RAY_AUTH_TOKEN, "
         "RAY_AUTH_TOKEN_PATH or ~/.ray/auth_token, in that order.",
+        "Passwords and keys in URIs are refused, as everyone who may look at the cluster's jobs would see them: set "
+        "AWS_ACCESS_KEY_ID, MLFLOW_TRACKING_PASSWORD and the like in the environment in which Ray runs on each node.",
         "The first line of the output is the submission id. The exit code is that of the command. An interrupt (Ctrl-C) ends "
         "the watching, not the job: 'cxr-ray submit --attach ID' goes on watching, 'cxr-ray jobs' lists and stops.",
     )
@@ -48,9 +52,16 @@ def _submit(
         str | None, typer.Option(help="URL of the cluster's dashboard [RAY_API_SERVER_ADDRESS, else http://127.0.0.1:8265].")
     ] = None,
     token_file: Annotated[Path | None, typer.Option(help="File with the cluster's token.")] = None,
-    submission_id: Annotated[str | None, typer.Option(help="Name of the job; without it Ray makes one.")] = None,
+    ca_file: Annotated[
+        Path | None,
+        typer.Option(
+            help="PEM file with the authority of an https:// address's certificate [CXR_RAY_CA_FILE, else known ones]."
+        ),
+    ] = None,
+    submission_id: Annotated[str | None, typer.Option(help="Name of the job; one is made if not given.")] = None,
     num_cpus: Annotated[
-        float, typer.Option(min=0, help="Logical CPUs reserved for the command itself, besides its workers'; 0 for none.")
+        float,
+        typer.Option(min=0, help="Logical CPUs of one node reserved for the command itself, besides its workers'; 0 for none."),
     ] = 0,
     no_wait: Annotated[bool, typer.Option("--no-wait", help="Submit, print the submission id, and leave.")] = False,
     retries: Annotated[
@@ -60,12 +71,14 @@ def _submit(
 ) -> None:
     try:
         if attach is not None:
-            raise SystemExit(_follow(_attached(attach, command, reach(address, token_file))))
+            _require_nothing_else(attach, command, submission_id, num_cpus, retries, no_wait=no_wait)
+            raise SystemExit(_follow(_attached(attach, reach(address, token_file, ca_file))))
         if no_wait and retries:
             raise SubmitError("--no-wait leaves nobody who could try again; leave out --retries or --no-wait", 2)
         prepared = command_line(command or [], Path.cwd())
         check(command or [])
-        cluster = reach(address, token_file)
+        cluster = reach(address, token_file, ca_file)
+        check_room(cluster, num_cpus)
         job = submit_job(cluster, prepared, submission_id=submission_id, num_cpus=num_cpus)
         _write(f"{job.submission_id}\n")
         raise SystemExit(0 if no_wait else _see_through(job, cluster, prepared, num_cpus, retries))
@@ -74,9 +87,22 @@ def _submit(
         raise SystemExit(error.code) from None
 
 
-def _attached(submission_id: str, command: list[str] | None, cluster: Cluster) -> Job:
-    if command:
-        raise SubmitError(f"--attach {submission_id}: follows a job that runs already; leave out {command[0]!r}", 2)
+def _require_nothing_else(
+    attach: str, command: list[str] | None, submission_id: str | None, num_cpus: float, retries: int, *, no_wait: bool
+) -> None:
+    """Refuse beside --attach what is said of a job that is to be submitted."""
+    given = {
+        "--submission-id": submission_id is not None,
+        "--num-cpus": bool(num_cpus),
+        "--no-wait": no_wait,
+        "--retries": bool(retries),
+        repr((command or [""])[0]): bool(command),
+    }
+    for name in (name for name, is_given in given.items() if is_given):
+        raise SubmitError(f"--attach {attach}: follows a job that runs already; leave out {name}", 2)
+
+
+def _attached(submission_id: str, cluster: Cluster) -> Job:
     job = Job(client_of(cluster), cluster, submission_id)
     job.require()
     return job
@@ -89,7 +115,7 @@ def _see_through(job: Job, cluster: Cluster, command: CommandLine, num_cpus: flo
         if code in _NOT_RETRIED or job.stopped:
             break
         _notice(f"submitting it again ({attempt} of {retries})")
-        job = submit_job(cluster, command.again(), num_cpus=num_cpus)
+        job = submit_patiently(cluster, command.again(), _notice, num_cpus=num_cpus)
         _write(f"{job.submission_id}\n")
         code = _follow(job)
     return code
@@ -109,5 +135,5 @@ def _write(text: str) -> None:
 
 
 def _notice(text: str) -> None:
-    sys.stderr.write(f"cxr-ray: {text}\n")
+    sys.stderr.write(f"cxr-ray: {hidden(text)}\n")
     sys.stderr.flush()

@@ -1,5 +1,6 @@
 """A command of cxr-ray as the shell line of a job: checked here, its paths made absolute."""
 
+import re
 import shlex
 import subprocess
 import sys
@@ -9,6 +10,7 @@ from pathlib import Path
 
 import yaml
 
+from cluster.credentials import told_secret, told_secret_in
 from cluster.errors import SubmitError, last_line
 
 COMMANDS = ("ingest", "train", "tune", "evaluate", "compare", "predict")
@@ -38,6 +40,8 @@ PATH_OPTIONS = (
 )
 # Values of --init that are no paths.
 NAMED_WEIGHTS = ("random", "imagenet")
+# NAME=URI, as the command itself reads it.
+_NAMED = re.compile(r"(\w[\w.+-]*)=(.+)")
 
 
 @dataclass(frozen=True)
@@ -81,11 +85,14 @@ def command_line(arguments: Sequence[str], folder: Path) -> CommandLine:
     Raises
     ------
     SubmitError
-        If the command is not one that runs as a job, or its settings file cannot be read.
+        If the command is not one that runs as a job, its settings file cannot be read or is one of several, or a URI tells a
+        password or a key.
     """
     if not arguments or arguments[0] not in COMMANDS:
         given = f"command {arguments[0]!r} does not run as a job" if arguments else "no command is given"
         raise SubmitError(f"{given}; submit one of: {', '.join(COMMANDS)}", code=2)
+    if said := told_secret_in(arguments):
+        raise SubmitError(said, code=2)
     made, file = _without_config(absolute_paths(arguments, folder))
     return CommandLine(tuple(made), None if file is None else _settings(Path(file), folder))
 
@@ -108,15 +115,17 @@ def check(arguments: Sequence[str]) -> None:
 
 def _without_config(arguments: list[str]) -> tuple[list[str], str | None]:
     """The arguments with the settings file under the name that it has on the cluster, and where it is here."""
-    made = list(arguments)
+    made, files = list(arguments), []
     for position, argument in enumerate(arguments):
         if argument == "--config" and position + 1 < len(arguments):
             made[position + 1] = SETTINGS_FILE
-            return made, arguments[position + 1]
-        if argument.startswith("--config="):
+            files.append(arguments[position + 1])
+        elif argument.startswith("--config="):
             made[position] = f"--config={SETTINGS_FILE}"
-            return made, argument.partition("=")[2]
-    return made, None
+            files.append(argument.partition("=")[2])
+    if len(files) > 1:
+        raise SubmitError(f"--config {files[1]}: is the second settings file; a command takes one, join them", code=2)
+    return made, files[0] if files else None
 
 
 def _settings(file: Path, folder: Path) -> str:
@@ -127,10 +136,28 @@ def _settings(file: Path, folder: Path) -> str:
     if not isinstance(settings, dict):
         return ""
     for name, value in settings.items():
+        if said := told_secret(f"--config {file}: {name}", value):
+            raise SubmitError(said, code=2)
         option = str(name).replace("_", "-")
-        if option in PATH_OPTIONS and isinstance(value, str):
-            settings[name] = _absolute(option, value, folder)
+        if option in PATH_OPTIONS:
+            settings[name] = _absolute_setting(option, value, folder)
     return yaml.safe_dump(settings, sort_keys=False, allow_unicode=True)
+
+
+def _absolute_setting(option: str, value: object, folder: Path) -> object:
+    """The same value, which in YAML may be a list or a mapping, with its paths made absolute."""
+    if isinstance(value, dict):
+        # Names and paths: a comma or a '=' is the path's own.
+        of_each = "bundle" if option == "bundles" else option
+        return {name: _absolute_setting(of_each, part, folder) for name, part in value.items()}
+    if isinstance(value, list):
+        return [_absolute_element(option, part, folder) for part in value]
+    return _absolute(option, value, folder) if isinstance(value, str) else value
+
+
+def _absolute_element(option: str, part: object, folder: Path) -> object:
+    named = option == "bundles" and isinstance(part, str)
+    return _named(str(part), folder) if named else _absolute_setting(option, part, folder)
 
 
 def absolute_paths(arguments: Sequence[str], folder: Path) -> list[str]:
@@ -163,5 +190,6 @@ def _absolute(option: str, value: str, folder: Path) -> str:
 
 
 def _named(part: str, folder: Path) -> str:
-    name, equals, uri = part.partition("=")
-    return f"{name}={_absolute('bundle', uri, folder)}" if equals else _absolute("bundle", part, folder)
+    if found := _NAMED.fullmatch(part.strip()):
+        return f"{found[1]}={_absolute('bundle', found[2], folder)}"
+    return _absolute("bundle", part.strip(), folder)

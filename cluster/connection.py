@@ -2,10 +2,14 @@
 
 Ray's token authentication is that of its own clients: a bearer token from RAY_AUTH_TOKEN, from the file that
 RAY_AUTH_TOKEN_PATH names, or from ``~/.ray/auth_token``. It is sent only to a cluster that asks for one.
+
+A dashboard behind TLS whose certificate comes from an authority of one's own is trusted by a file with that authority. The
+three libraries that ask a dashboard each look for such a file somewhere else, so it is named once and handed to all of them.
 """
 
 import os
 import shlex
+import ssl
 import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -14,11 +18,13 @@ from typing import Any
 
 import httpx
 
-from cluster.errors import SubmitError
+from cluster.credentials import hidden
+from cluster.errors import SubmitError, Unreachable
 
 DEFAULT_ADDRESS = "http://127.0.0.1:8265"
 DEFAULT_TOKEN_FILE = "~/.ray/auth_token"  # noqa: S105 - where it lies, not what it is
 ADDRESS_VARIABLE = "RAY_API_SERVER_ADDRESS"
+CA_VARIABLE = "CXR_RAY_CA_FILE"
 _SECONDS_TO_ANSWER = 5.0
 
 
@@ -34,22 +40,39 @@ class Cluster:
         What every request carries: the token, where the cluster wants one.
     token_file
         The file that the token was read from because it was named; None if it was found elsewhere, or is not wanted.
+    ca_file
+        The file with the authorities that its certificate may come from; None for those that are known everywhere.
     """
 
     address: str
     headers: Mapping[str, str]
     token_file: Path | None = None
+    ca_file: Path | None = None
+
+    def get(self, path: str) -> httpx.Response:
+        """What it answers to a GET request.
+
+        Raises
+        ------
+        Unreachable
+            If it does not within seconds.
+        SubmitError
+            If its certificate is not trusted.
+        """
+        return _get(self.address, path, self.headers, self.ca_file)
 
     @property
     def options(self) -> str:
         """The options by which cxr-ray's own commands reach it, as a shell takes them."""
-        given = ["", "--address", self.address]
+        given = ["", "--address", hidden(self.address)]
         if self.token_file is not None:
             given += ["--token-file", str(self.token_file)]
+        if self.ca_file is not None:
+            given += ["--ca-file", str(self.ca_file)]
         return " ".join(shlex.quote(word) if word else word for word in given)
 
 
-def reach(address: str | None, token_file: Path | None) -> Cluster:
+def reach(address: str | None, token_file: Path | None, ca_file: Path | None = None) -> Cluster:
     """Find the cluster and check that it takes our token and runs our versions.
 
     Parameters
@@ -58,39 +81,82 @@ def reach(address: str | None, token_file: Path | None) -> Cluster:
         URL of the dashboard; None for RAY_API_SERVER_ADDRESS, else `DEFAULT_ADDRESS`.
     token_file
         File with the token; None to look where Ray's own clients look.
+    ca_file
+        File with the authorities that its certificate may come from, in PEM; None for CXR_RAY_CA_FILE, else those that are
+        known everywhere.
 
     Raises
     ------
     SubmitError
-        If it does not answer within seconds, refuses the token, or runs another Ray or Python.
+        If it does not answer within seconds, has a certificate that is not trusted, refuses the token, or runs another Ray or
+        Python.
     """
     address = (address or os.environ.get(ADDRESS_VARIABLE) or DEFAULT_ADDRESS).rstrip("/")
     if not address.startswith(("http://", "https://")):
         raise SubmitError(f"--address {address}: is no http:// or https:// URL; give the dashboard's, as {DEFAULT_ADDRESS}", 2)
+    ca_file = _authorities(ca_file)
     headers: dict[str, str] = {}
     used_file = None
-    answer = _get(address, "/api/version", headers)
+    answer = _get(address, "/api/version", headers, ca_file)
     if answer.status_code == httpx.codes.UNAUTHORIZED:
         token, origin = _token(token_file, address)
         headers = {"Authorization": f"Bearer {token}"}
         used_file = None if token_file is None else token_file.absolute()
-        answer = _get(address, "/api/version", headers)
+        answer = _get(address, "/api/version", headers, ca_file)
         if answer.status_code in (httpx.codes.UNAUTHORIZED, httpx.codes.FORBIDDEN):
             raise SubmitError(f"{address}: refuses the token from {origin}; give the cluster's own with --token-file")
     _check_ray(address, _field(answer, "ray_version"))
-    metadata = _get(address, "/api/v0/cluster_metadata", headers)
+    metadata = _get(address, "/api/v0/cluster_metadata", headers, ca_file)
     _check_python(address, _field(metadata, "data", "pythonVersion"))
-    return Cluster(address, headers, used_file)
+    return Cluster(address, headers, used_file, ca_file)
 
 
-def _get(address: str, path: str, headers: Mapping[str, str]) -> httpx.Response:
+def untrusted(address: str, error: BaseException) -> SubmitError | None:
+    """What to say where an error, or what it comes from, is a certificate that is not trusted; None where it is not."""
+    texts: list[str] = []
+    cause: BaseException | None = error
+    while cause is not None and len(texts) < 20:
+        texts.append(str(cause))
+        cause = cause.__cause__ or cause.__context__
+    text = next((text for text in texts if "CERTIFICATE_VERIFY_FAILED" in text), None)
+    if text is None:
+        return None
+    reason = text.partition("certificate verify failed:")[2].partition(" (_ssl")[0].strip() or "certificate verify failed"
+    remedy = (
+        "give an address that the certificate names with --address"
+        if "mismatch" in reason or "not valid for" in reason
+        else f"give the file with the authority that it comes from with --ca-file or {CA_VARIABLE}"
+    )
+    return SubmitError(f"{address}: its certificate is not trusted ({reason}); {remedy}")
+
+
+def _get(address: str, path: str, headers: Mapping[str, str], ca_file: Path | None) -> httpx.Response:
+    trusted = True if ca_file is None else ssl.create_default_context(cafile=ca_file)
     try:
-        return httpx.get(f"{address}{path}", headers=dict(headers), timeout=_SECONDS_TO_ANSWER)
+        return httpx.get(f"{address}{path}", headers=dict(headers), timeout=_SECONDS_TO_ANSWER, verify=trusted)
     except (httpx.HTTPError, httpx.InvalidURL) as error:
-        raise SubmitError(
+        raise untrusted(address, error) or Unreachable(
             f"{address}: no answer ({error or type(error).__name__}); start the cluster, or give the URL of its dashboard "
             "with --address (port 8265 of the head node unless set otherwise)"
         ) from None
+
+
+def _authorities(ca_file: Path | None) -> Path | None:
+    named = os.environ.get(CA_VARIABLE)
+    path = ca_file or (Path(named) if named else None)
+    if path is None:
+        return None
+    # Absolute, since it is named to the user, who may go elsewhere.
+    path = path.expanduser().absolute()
+    origin = "--ca-file" if ca_file else CA_VARIABLE
+    remedy = "give a file with certificates in PEM form"
+    try:
+        ssl.create_default_context(cafile=path)
+    except ssl.SSLError:
+        raise SubmitError(f"{origin} {path}: holds no certificates; {remedy}", 2) from None
+    except OSError as error:
+        raise SubmitError(f"{origin} {path}: cannot be read ({error.strerror}); {remedy}", 2) from None
+    return path
 
 
 def _field(answer: httpx.Response, *names: str) -> str | None:

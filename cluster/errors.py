@@ -1,8 +1,11 @@
 """What is wrong with a submission, in one line."""
 
+from cluster.credentials import hidden
+
 
 class SubmitError(Exception):
-    """A command could not be submitted or followed; `str(error)` is one line that names the value and the remedy.
+    """A command could not be submitted or followed; `str(error)` is one line that names the value and the remedy, and
+    no credentials.
 
     Attributes
     ----------
@@ -11,8 +14,12 @@ class SubmitError(Exception):
     """
 
     def __init__(self, message: str, code: int = 1) -> None:
-        super().__init__(" ".join(message.split()))
+        super().__init__(hidden(" ".join(message.split())))
         self.code = code
+
+
+class Unreachable(SubmitError):
+    """The cluster does not answer, or not as it should: it may do so later."""
 
 
 def last_line(text: str) -> str:

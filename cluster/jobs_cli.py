@@ -2,6 +2,8 @@
 
 import json as json_module
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -9,8 +11,11 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 
+from cluster.answers import client_errors, told
 from cluster.connection import Cluster, reach
+from cluster.credentials import hidden
 from cluster.errors import SubmitError, last_line
 from cluster.job import Job
 from cluster.submit import client_of
@@ -22,6 +27,10 @@ Address = Annotated[
     str | None, typer.Option(help="URL of the cluster's dashboard [RAY_API_SERVER_ADDRESS, else http://127.0.0.1:8265].")
 ]
 TokenFile = Annotated[Path | None, typer.Option(help="File with the cluster's token.")]
+CaFile = Annotated[
+    Path | None,
+    typer.Option(help="PEM file with the authority of an https:// address's certificate [CXR_RAY_CA_FILE, else known ones]."),
+]
 SubmissionId = Annotated[str, typer.Argument(metavar="ID", help="Submission id, as 'list' prints it.")]
 # What goes before the command that was submitted.
 _INTERPRETER = "python -P -m cxr_ray "
@@ -33,11 +42,12 @@ jobs = typer.Typer(help="Jobs on a Ray cluster.", add_completion=False, pretty_e
 def list_jobs(
     address: Address = None,
     token_file: TokenFile = None,
+    ca_file: CaFile = None,
     json: Annotated[bool, typer.Option("--json", help="Print them as JSON.")] = False,
 ) -> None:
     """List submitted jobs, the last first: id, state, when it began, how long it took, what it runs."""
-    cluster = _reached(address, token_file)
-    found = [job for job in client_of(cluster).list_jobs() if job.submission_id]
+    with _in_one_line():
+        found = [job for job in _listed(reach(address, token_file, ca_file)) if job.submission_id]
     found.sort(key=lambda job: job.start_time or 0, reverse=True)
     if json:
         sys.stdout.write(json_module.dumps([_as_json(job) for job in found], indent=2) + "\n")
@@ -47,7 +57,9 @@ def list_jobs(
         # Ids are copied: only the command is broken into lines.
         shown.add_column(name, overflow="fold", no_wrap=name != "command", justify="right" if name == "took" else "left")
     for job in found:
-        shown.add_row(job.submission_id, job.status.value.lower(), _began(job), _took(job), _command(job))
+        # As text: what is in brackets in a command is no markup.
+        told_of = (job.submission_id or "", job.status.value.lower(), _began(job), _took(job), _command(job))
+        shown.add_row(*map(Text, told_of))
     Console().print(shown)
 
 
@@ -56,41 +68,49 @@ def print_log(
     submission_id: SubmissionId,
     address: Address = None,
     token_file: TokenFile = None,
+    ca_file: CaFile = None,
     follow: Annotated[bool, typer.Option("--follow", help="Go on to the job's end; its exit code is this command's.")] = False,
 ) -> None:
     """Print a job's log."""
-    job = _known(submission_id, _reached(address, token_file))
-    if follow:
-        raise SystemExit(job.follow(_write, _notice))
-    _write(job.log())
+    with _in_one_line():
+        job = _known(submission_id, reach(address, token_file, ca_file))
+        if follow:
+            raise SystemExit(job.follow(_write, _notice))
+        _write(job.log())
 
 
 @jobs.command("stop")
-def stop_job(submission_id: SubmissionId, address: Address = None, token_file: TokenFile = None) -> None:
+def stop_job(
+    submission_id: SubmissionId, address: Address = None, token_file: TokenFile = None, ca_file: CaFile = None
+) -> None:
     """End a job; what it has written stays, and the same command goes on from there."""
-    job = _known(submission_id, _reached(address, token_file))
-    _notice(f"job {submission_id} {'is being stopped' if job.stop() else 'had ended already'}")
+    with _in_one_line():
+        job = _known(submission_id, reach(address, token_file, ca_file))
+        _notice(f"job {submission_id} {'is being stopped' if job.stop() else 'had ended already'}")
 
 
-def _reached(address: str | None, token_file: Path | None) -> Cluster:
+@contextmanager
+def _in_one_line() -> Iterator[None]:
+    """End with what went wrong as one line, whatever it was."""
     try:
-        return reach(address, token_file)
+        yield
     except SubmitError as error:
-        raise _failed(error) from None
+        _notice(str(error))
+        raise SystemExit(error.code) from None
+
+
+def _listed(cluster: Cluster) -> "list[JobDetails]":
+    client = client_of(cluster)
+    try:
+        return list(client.list_jobs())
+    except client_errors() as error:
+        raise told(cluster, error, "does not list its jobs") from error
 
 
 def _known(submission_id: str, cluster: Cluster) -> Job:
-    try:
-        job = Job(client_of(cluster), cluster, submission_id)
-        job.require()
-    except SubmitError as error:
-        raise _failed(error) from None
+    job = Job(client_of(cluster), cluster, submission_id)
+    job.require()
     return job
-
-
-def _failed(error: SubmitError) -> SystemExit:
-    _notice(str(error))
-    return SystemExit(error.code)
 
 
 def _as_json(job: "JobDetails") -> dict[str, object]:
@@ -101,12 +121,12 @@ def _as_json(job: "JobDetails") -> dict[str, object]:
         "began": None if job.start_time is None else _moment(job.start_time).isoformat(),
         "ended": None if not job.end_time else _moment(job.end_time).isoformat(),
         "exit_code": job.driver_exit_code,
-        "message": last_line(job.message or "") if job.message else None,
+        "message": hidden(last_line(job.message or "")) if job.message else None,
     }
 
 
 def _command(job: "JobDetails") -> str:
-    return job.entrypoint.removeprefix(_INTERPRETER)
+    return hidden(job.entrypoint.removeprefix(_INTERPRETER))
 
 
 def _began(job: "JobDetails") -> str:
@@ -131,4 +151,4 @@ def _write(text: str) -> None:
 
 
 def _notice(text: str) -> None:
-    sys.stderr.write(f"cxr-ray: {text}\n")
+    sys.stderr.write(f"cxr-ray: {hidden(text)}\n")

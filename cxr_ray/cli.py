@@ -59,7 +59,8 @@ def _evaluate(settings: EvaluateSettings, json: bool) -> None:
     read_description(settings.bundle)
     Dataset(settings.data)
     with ray_session():
-        check_shared({"bundle": settings.bundle, "data": settings.data}, {"out": settings.out, "scores": settings.scores})
+        read = {name: getattr(settings, name) for name in ("bundle", "data", "prevalence", "boxes")}
+        check_shared(read, {"out": settings.out, "scores": settings.scores})
         evaluation = evaluate_bundle(settings)
     if json:
         print_json(evaluation.to_json())

@@ -20,7 +20,8 @@ def _compare(settings: CompareSettings, json: bool) -> None:
     # Before Ray is started, which takes a while, and the first network trained, which takes hours.
     plan = make_plan(settings)
     with ray_session():
-        check_shared({"data": settings.data}, {"out": settings.out})
+        bundles = {f"bundles {name}": uri for name, uri in (settings.bundles or {}).items()}
+        check_shared({"data": settings.data, **bundles}, {"out": settings.out})
         comparison = compare_networks(plan, _tell)
     write_files(comparison, settings.out)
     if json:

@@ -1,17 +1,18 @@
 """Whether every node of a cluster sees the same files: a local path means another disk on another machine.
 
 Ray starts a job's parts wherever there is room. A path that only one node has would fail late, or worse, be written to several
-disks; so each node is asked before the work begins. URIs name the same place everywhere and are not asked about.
+disks; so each node is asked before the work begins. URIs name the same place everywhere and are not asked about, but
+``file://`` is a local path in other words.
 """
 
 import contextlib
 import secrets
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any, TypeGuard
+from typing import Any
 
 from cxr_ray.errors import CxrRayError
-from cxr_ray.storage import absolute
+from cxr_ray.storage import absolute, resolve
 
 _PATIENCE_SECONDS = 60.0
 
@@ -36,17 +37,22 @@ def check_shared(read: Mapping[str, str | None], written: Mapping[str, str | Non
     nodes = [node for node in ray.nodes() if node["Alive"]]
     if len(nodes) < 2:
         return
-    looked_for = {name: Path(absolute(uri)) for name, uri in read.items() if _is_local(uri)}
+    looked_for = {name: path for name, uri in read.items() if (path := _local(uri)) is not None}
     with contextlib.ExitStack() as stack:
         for name, uri in written.items():
-            if _is_local(uri):
-                looked_for[name] = stack.enter_context(_marker(name, Path(absolute(uri))))
+            if (path := _local(uri)) is not None:
+                looked_for[name] = stack.enter_context(_marker(name, path))
         if looked_for:
             _ask(nodes, looked_for, {**read, **written})
 
 
-def _is_local(uri: str | None) -> TypeGuard[str]:
-    return uri is not None and "://" not in uri
+def _local(uri: str | None) -> Path | None:
+    """The path of what lies on a node's own file system; None for what does not, or is not used."""
+    if uri is None:
+        return None
+    if uri.startswith("file:"):
+        return Path(resolve(uri)[1])
+    return None if "://" in uri else Path(absolute(uri))
 
 
 @contextlib.contextmanager

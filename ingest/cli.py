@@ -115,7 +115,9 @@ def dicom(
     settings = load_settings(DicomSettings, config, flags)
     print_settings("ingest dicom", settings)
     with ray_session():
-        check_shared({"source": settings.source, "labels": settings.labels}, {"out": settings.out})
+        key = settings.patient_key_file
+        read = {"source": settings.source, "labels": settings.labels, "patient_key_file": None if key is None else str(key)}
+        check_shared(read, {"out": settings.out})
         _print_manifest(settings.out, ingest_dicom(settings), as_json=json)
 
 

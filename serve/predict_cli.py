@@ -23,7 +23,8 @@ def _predict(settings: PredictSettings, json: bool) -> None:
     plan = batch.make_plan(settings)
     # The network and the decoders run at the same time, if need be on one CPU.
     with ray_session(local_cpus=max(available_cpus(), settings.workers + 1)):
-        check_shared({"bundle": settings.bundle, "input": settings.input}, {"out": settings.out})
+        read = {"bundle": settings.bundle, "input": settings.input, "clinical": settings.clinical}
+        check_shared(read, {"out": settings.out})
         summary = batch.predict(plan)
     if json:
         print_json(_as_json(settings, summary))

@@ -21,6 +21,7 @@ import yaml
 
 from cluster.command_line import PATH_OPTIONS, CommandLine, absolute_paths, command_line
 from cluster.connection import reach
+from cluster.credentials import SECRET_OPTIONS, hidden, told_secret, told_secret_in
 from cluster.errors import SubmitError
 from cluster.job import _Log
 from cluster.packing import PACKAGES, runtime_environment
@@ -90,6 +91,64 @@ def test_named_weights_are_no_paths(given, sent):
 def test_bundles_are_made_absolute_one_by_one():
     sent = absolute_paths(["compare", "--bundles", "ours=run/bundle,s3://bucket/b,other=s3://bucket/c"], HERE)
     assert sent[2] == "ours=/work place/run/bundle,s3://bucket/b,other=s3://bucket/c"
+
+
+def test_bundles_are_told_from_paths_as_the_command_tells_them():
+    sent = absolute_paths(["compare", "--bundles", "ours=a, ./lr=1/bundle,gone=b"], HERE)
+    assert sent[2] == "ours=/work place/a,/work place/lr=1/bundle,gone=/work place/b"
+
+
+@pytest.mark.parametrize(
+    ("given", "sent"),
+    [
+        ("run/a,other=b", "/here/run/a,other=/here/b"),
+        ({"ours": "run/a,b", "far": "s3://bucket/b"}, {"ours": "/here/run/a,b", "far": "s3://bucket/b"}),
+        (["run/a", "ours=run/b", "far=s3://bucket/b"], ["/here/run/a", "ours=/here/run/b", "far=s3://bucket/b"]),
+        (None, None),
+    ],
+)
+def test_paths_in_lists_and_mappings_of_settings_are_made_absolute(given, sent, tmp_path):
+    (tmp_path / "mine.yaml").write_text(yaml.safe_dump({"bundles": given, "epochs": 2}))
+    made = command_line(["compare", "--config", str(tmp_path / "mine.yaml")], Path("/here"))
+    assert yaml.safe_load(made.settings) == {"bundles": sent, "epochs": 2}
+
+
+@pytest.mark.parametrize("second", [["--config", "b.yaml"], ["--config=b.yaml"]])
+def test_a_second_settings_file_is_refused(second, tmp_path):
+    (tmp_path / "a.yaml").write_text("data: d\n")
+    with pytest.raises(SubmitError, match=r"--config .*/b.yaml: is the second settings file") as error:
+        command_line(["train", "--config", "a.yaml", *second], tmp_path)
+    assert error.value.code == 2
+
+
+@pytest.mark.parametrize(
+    ("uri", "shown", "secret"),
+    [
+        ("s3://AKIA:secret@bucket/d", "s3://***@bucket/d", True),
+        ("s3://AKIA:sec/ret+@bucket/d", "s3://***@bucket/d", True),
+        ("s3://bucket/d?region=eu&secret_key=ab%2F", "s3://bucket/d?region=eu&secret_key=***", True),
+        ("abfs://:key@account.blob.core.windows.net/c", "abfs://***@account.blob.core.windows.net/c", True),
+        ("https://token@mlflow/x", "https://***@mlflow/x", True),
+        ("one=s3://b/c,two=https://u:pw@h/x", "one=s3://b/c,two=https://***@h/x", True),
+        ("hdfs://user@host:9000/p", "hdfs://***@host:9000/p", False),
+        ("abfs://container@account.dfs.core.windows.net/p", "abfs://***@account.dfs.core.windows.net/p", False),
+        ("s3://bucket/a@b?region=eu", "s3://bucket/a@b?region=eu", False),
+        ("http://head:8265/x@y", "http://head:8265/x@y", False),
+        ("http://[::1]:8265/x@y", "http://[::1]:8265/x@y", False),
+        ("/data/me@work", "/data/me@work", False),
+    ],
+)
+def test_credentials_in_uris_are_found_and_hidden(uri, shown, secret):
+    assert hidden(f"cp {uri} elsewhere") == f"cp {shown} elsewhere"
+    assert (told_secret("data", {"nested": [uri]}) is not None) == secret
+    assert (told_secret_in(["train", "--data", uri, "--out", "x"]) is not None) == secret
+    assert str(SubmitError(f"{uri} cannot be used")) == f"{shown} cannot be used"
+
+
+def test_what_storage_hides_is_hidden_here():
+    from cxr_ray.storage import _SECRET_OPTIONS
+
+    assert SECRET_OPTIONS.issuperset(_SECRET_OPTIONS)
 
 
 def test_every_setting_that_names_a_file_is_made_absolute():

@@ -2,9 +2,9 @@
 
 import json
 import os
-import re
 import signal
 import socket
+import ssl
 import subprocess
 import sys
 import threading
@@ -15,6 +15,7 @@ from pathlib import Path
 
 import pytest
 from local_cluster import LocalCluster, watched
+from result_peers import certificate
 
 pytestmark = [pytest.mark.system, pytest.mark.cluster, pytest.mark.timeout(900)]
 
@@ -38,13 +39,17 @@ def cluster() -> Iterator[LocalCluster]:
 
 
 class Relay:
-    """Passes connections on to the dashboard, and can drop all of them."""
+    """Passes connections on to the dashboard, and can drop all of them; with a certificate and its key, TLS ends here."""
 
-    def __init__(self, address: str) -> None:
+    def __init__(self, address: str, tls: tuple[Path, Path] | None = None) -> None:
+        self._tls = None
+        if tls is not None:
+            self._tls = ssl.create_default_context(ssl.Purpose.CLIENT_AUTH)
+            self._tls.load_cert_chain(*tls)
         self._target = int(address.rpartition(":")[2])
         self._server = socket.create_server(("127.0.0.1", 0))
         self._open: list[socket.socket] = []
-        self.address = f"http://127.0.0.1:{self._server.getsockname()[1]}"
+        self.address = f"{'https' if tls else 'http'}://127.0.0.1:{self._server.getsockname()[1]}"
         threading.Thread(target=self._accept, daemon=True).start()
 
     def drop(self) -> int:
@@ -62,10 +67,16 @@ class Relay:
         with suppress(OSError):
             while True:
                 here, _ = self._server.accept()
-                there = socket.create_connection(("127.0.0.1", self._target))
-                self._open += [here, there]
-                for source, sink in ((here, there), (there, here)):
-                    threading.Thread(target=self._pass_on, args=(source, sink), daemon=True).start()
+                threading.Thread(target=self._connect, args=(here,), daemon=True).start()
+
+    def _connect(self, here: socket.socket) -> None:
+        # A client that does not trust the certificate goes away in the middle of the handshake.
+        with suppress(OSError):
+            here = here if self._tls is None else self._tls.wrap_socket(here, server_side=True)
+            there = socket.create_connection(("127.0.0.1", self._target))
+            self._open += [here, there]
+            for source, sink in ((here, there), (there, here)):
+                threading.Thread(target=self._pass_on, args=(source, sink), daemon=True).start()
 
     @staticmethod
     def _pass_on(source: socket.socket, sink: socket.socket) -> None:
@@ -129,6 +140,27 @@ def test_jobs_are_listed_printed_and_followed_again(cluster, undisturbed):
     for asked in (cluster.submit("--attach", "nobody"), cluster.jobs("logs", "nobody"), cluster.jobs("stop", "nobody")):
         assert (asked.returncode, asked.stderr.count("\n")) == (1, 1)
         assert "job 'nobody' is not known" in asked.stderr
+
+
+def test_a_dashboard_behind_tls_is_reached_with_its_authority(cluster, undisturbed, tmp_path):
+    authority = certificate(tmp_path, "authority")
+    relay = Relay(cluster.address, certificate(tmp_path, "head", authority))
+    listed = json.loads(cluster.jobs("list", "--json").stdout)
+    name = next(job["submission_id"] for job in listed if job["command"].startswith("train "))
+    options = ["--ca-file", str(authority[0]), "--attach", name]
+    with watched(cluster.command(*options, address=relay.address)) as job:
+        job.wait_for(f"train: epoch {EPOCHS}/{EPOCHS}")
+        assert job.finish() == 0, job.said
+    with watched(cluster.command("--attach", name, address=relay.address)) as job:
+        job.wait_for("cxr-ray: .*: its certificate is not trusted .*; give the file .* with --ca-file")
+        assert job.finish() == 1
+    relay.close()
+
+
+def test_a_reservation_that_no_node_can_hold_is_refused_at_once(cluster):
+    refused = cluster.submit("--num-cpus", "64", "train", "--data", "/x", "--out", "/y")
+    assert (refused.returncode, refused.stdout, refused.stderr.count("\n")) == (1, "", 1)
+    assert f"the largest node of {cluster.address} has {HEAD_CPUS} CPUs" in refused.stderr
 
 
 def test_a_killed_command_is_submitted_again_and_goes_on_and_a_stopped_one_is_not(cluster, dataset, tmp_path):
@@ -195,7 +227,8 @@ def test_a_wrong_token_is_refused_in_one_line(cluster, tmp_path):
 def test_a_run_outlives_a_worker_and_its_whole_cluster(cluster, dataset, undisturbed, tmp_path):
     """Last here: the cluster is another one afterwards."""
     run = tmp_path / "run"
-    with watched(cluster.command(*train(dataset, run))) as job:
+    with watched(cluster.command("--retries", "5", *train(dataset, run))) as job:
+        lost = job.wait_for("raysubmit_.*")[0]
         started = job.wait_for(STARTED)
         job.wait_for(f"train: epoch 1/{EPOCHS}")
         os.kill(int(started[2]), signal.SIGKILL)
@@ -205,13 +238,16 @@ def test_a_run_outlives_a_worker_and_its_whole_cluster(cluster, dataset, undistu
         # The worker may have got on to another epoch before it was gone.
         job.wait_for(f"train: epoch {int(going_on[1]) + 1}/{EPOCHS}")
         cluster.kill_all()
-    assert not (run / "bundle").exists()
-    done = [result["epoch"] for result in epochs_of(run)]
-    start_nodes(cluster)
-    resumed = cluster.submit(*train(dataset, run, "--resume"))
-    assert resumed.returncode == 0, resumed.stdout + resumed.stderr
-    going_on = re.search(GOING_ON, resumed.stdout)
-    assert going_on and EPOCHS > int(going_on[1]) >= done[-1], resumed.stdout
+        assert not (run / "bundle").exists()
+        done = [result["epoch"] for result in epochs_of(run)]
+        cluster.start_head(HEAD_CPUS)
+        # The new head knows nothing of the job, which is submitted again, and once more if its second node is late.
+        job.wait_for(f"cxr-ray: job {lost} failed: .* does not know it any more")
+        job.wait_for(r"cxr-ray: submitting it again \(1 of 5\)")
+        cluster.start_node(NODE_CPUS)
+        going_on = job.wait_for(GOING_ON)
+        assert EPOCHS > int(going_on[1]) >= done[-1], job.said
+        assert job.finish() == 0, job.said
     disturbed, in_peace = epochs_of(run), epochs_of(undisturbed)
     assert [result["epoch"] for result in disturbed] == list(range(1, EPOCHS + 1))
     for figure in ("loss", "val_loss", "val_auc"):
