@@ -82,15 +82,10 @@ def more_nodes() -> str:
     return "add nodes"
 
 
-def await_cpu(command: str) -> None:
+def await_cpu() -> None:
     """Wait until the cluster has a CPU, and say so on standard error: one that grows may have none while nothing runs.
 
     Ray Data plans by the CPUs that are there, and Ray's autoscaler brings a node to a task that waits: so one does.
-
-    Parameters
-    ----------
-    command
-        Who waits, as it is said.
 
     Raises
     ------
@@ -109,7 +104,7 @@ def await_cpu(command: str) -> None:
     while not ray.wait([waiting], timeout=1)[0]:
         if time.monotonic() - told >= _SECONDS_BETWEEN_NOTICES:
             told = time.monotonic()
-            said = f"{command}: the cluster has no CPU now, and may grow to {most:g}; waiting for its first node"
+            said = f"cxr-ray: the cluster has no CPU now, and may grow to {most:g}; waiting for its first node"
             Console(stderr=True, markup=False).print(said, highlight=False, soft_wrap=True)
 
 

@@ -112,7 +112,7 @@ def predict_split(
         If no node of the cluster can ever run the network, or what was scored is not exactly what the manifest counts.
     """
     check_task(_resources(settings), "setting 'gpu'" if settings.gpu else "setting 'cpus_per_worker'")
-    await_cpu("evaluate")
+    await_cpu()
     encoding = bundle.layout.encoding
     pixels = [] if bundle.size is None else ["pixels"]
     columns = ["image_id", "patient_key", "labels", *pixels, *clinical_columns(encoding)]

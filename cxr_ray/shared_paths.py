@@ -6,11 +6,13 @@ disks; so each node is asked before the work begins. URIs name the same place ev
 """
 
 import contextlib
+import os
 import secrets
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+from cxr_ray.cluster_growth import await_cpu, stated_nodes
 from cxr_ray.errors import CxrRayError
 from cxr_ray.storage import absolute, resolve
 
@@ -19,6 +21,8 @@ _PATIENCE_SECONDS = 60.0
 
 def check_shared(read: Mapping[str, str | None], written: Mapping[str, str | None]) -> None:
     """Refuse local paths that a node of this cluster does not see. Ray has to be initialised; one node is never asked.
+
+    Of a cluster that grows, its first worker node is waited for, and stands for those that may come later.
 
     Parameters
     ----------
@@ -34,16 +38,20 @@ def check_shared(read: Mapping[str, str | None], written: Mapping[str, str | Non
     """
     import ray  # noqa: PLC0415 - commands that run without it need not load it
 
+    looked_for = {name: path for name, uri in read.items() if (path := _local(uri)) is not None}
+    targets = {name: path for name, uri in written.items() if (path := _local(uri)) is not None}
+    if not looked_for and not targets:
+        return
+    if stated_nodes(os.environ):
+        # Its head alone would say nothing of the nodes that come.
+        await_cpu()
     nodes = [node for node in ray.nodes() if node["Alive"]]
     if len(nodes) < 2:
         return
-    looked_for = {name: path for name, uri in read.items() if (path := _local(uri)) is not None}
     with contextlib.ExitStack() as stack:
-        for name, uri in written.items():
-            if (path := _local(uri)) is not None:
-                looked_for[name] = stack.enter_context(_marker(name, path))
-        if looked_for:
-            _ask(nodes, looked_for, {**read, **written})
+        for name, target in targets.items():
+            looked_for[name] = stack.enter_context(_marker(name, target))
+        _ask(nodes, looked_for, {**read, **written})
 
 
 def _local(uri: str | None) -> Path | None:
@@ -88,11 +96,21 @@ def _ask(nodes: list[dict[str, Any]], looked_for: dict[str, Path], given: Mappin
             "cluster with 'ray status', or name the data by URIs, which every node sees"
         )
     for answer in ready:
-        for name in ray.get(answer):
+        for name in _answer(answer):
             raise CxrRayError(
                 f"{name} {given[name]}: node {asked[answer]} of the cluster does not see it; put it on storage that every node "
                 "mounts at the same path, or give a URI such as s3://bucket/folder"
             )
+
+
+def _answer(answer: Any) -> list[str]:
+    """What a node does not see; nothing where it has gone, as a node without work does."""
+    import ray  # noqa: PLC0415 - as above
+
+    try:
+        return list(ray.get(answer))
+    except (ray.exceptions.TaskUnschedulableError, ray.exceptions.NodeDiedError):
+        return []
 
 
 def _unseen(paths: dict[str, str]) -> list[str]:

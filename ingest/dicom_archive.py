@@ -94,7 +94,7 @@ def _read_headers(source: "DicomDatasource", max_quarantined: float) -> pa.Table
     files = source.count()
     if not files:
         return header_schema().empty_table()
-    await_cpu("ingest")
+    await_cpu()
     step = int(np.clip(files / (4 * cpus_at_most()), 32, MAX_FILES_PER_TASK))
     read: list[pa.Table] = []
     unreadable: list[str] = []

@@ -284,7 +284,7 @@ def _tape(location: str | None) -> str:
 def _run(records: pa.Table, plan: ShardPlan, source: Source, max_quarantined: float) -> _Written:
     import ray.data  # noqa: PLC0415 - takes a second that other commands need not pay
 
-    await_cpu("ingest")
+    await_cpu()
     tasks = without_reservations(ray.data.from_arrow(_tasks(records, plan.rows)))
     # An outcome is handed on when it is there, not when a block is full of them.
     tasks.context.target_max_block_size = 1

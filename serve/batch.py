@@ -138,7 +138,7 @@ def predict(plan: Plan) -> Summary:
         raise UsageError(
             f"--workers {settings.workers}: leaves none of the cluster's {cpus_at_most()} CPUs for decoding; give fewer"
         )
-    await_cpu("predict")
+    await_cpu()
     identity = (described.name, described.version, described.digest)
     summary, started = Summary(), time.monotonic()
     with (

@@ -1,5 +1,6 @@
 """A Ray cluster on this machine, with token authentication: nodes that come and go, and jobs that are watched."""
 
+import json
 import os
 import re
 import secrets
@@ -27,6 +28,12 @@ FASTER = {
     "RAY_health_check_period_ms": "1000",
     "RAY_TRAIN_PREEMPTION_POLL_INTERVAL_S": "1",
     "RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S": "5",
+}
+# As Ray's provider of fake nodes knows the head.
+_HEAD_ID = "f" * 51 + "00000"
+_NO_COMMANDS: dict[str, object] = {
+    f"{when}_commands": []
+    for when in ("setup", "head_setup", "worker_setup", "initialization", "head_start_ray", "worker_start_ray")
 }
 
 
@@ -88,6 +95,46 @@ class LocalCluster:
     def start_head(self, cpus: int) -> Node:
         ports = ["--port", str(self._port), "--dashboard-port", str(self._dashboard)]
         return self._start(["--head", *ports, "--ray-client-server-port", str(self._client)], cpus)
+
+    def start_growing_head(self, most: int, cpus: int) -> Node:
+        """Start a head without CPUs, whose autoscaler brings nodes to work that waits, and takes them away when none does.
+
+        The nodes are processes of the head's, which Ray's own tests call fake; the autoscaler is the one of Kubernetes.
+        """
+        from ray.util import get_node_ip_address
+
+        provider = {
+            "type": "external",
+            "module": "ray.autoscaler._private.fake_multi_node.node_provider.FakeMultiNodeProvider",
+            "head_node_id": _HEAD_ID,
+            "gcs_address": f"{get_node_ip_address()}:{self._port}",
+            "launch_multiple": True,
+            "disable_node_updaters": True,
+            "disable_launch_config_check": True,
+        }
+        held = {"CPU": cpus, "object_store_memory": 300_000_000}
+        config = {
+            **_NO_COMMANDS,
+            **{"cluster_name": "growing", "max_workers": most, "idle_timeout_minutes": 1, "provider": provider},
+            **{"auth": {"ssh_user": "nobody"}, "file_mounts": {}, "head_node_type": "head"},
+            "available_node_types": {
+                "head": {"resources": {"CPU": 0}, "node_config": {}, "max_workers": 0},
+                "worker": {"resources": held, "node_config": {}, "min_workers": 0, "max_workers": most},
+            },
+        }
+        path = self._folder / "autoscaling.json"
+        path.write_text(json.dumps(config))
+        self._environment |= {
+            "CXR_RAY_MAX_CLUSTER": json.dumps([{"nodes": most, "CPU": cpus}]),
+            "RAY_FAKE_CLUSTER": "1",
+            "RAY_enable_autoscaler_v2": "1",
+            "RAY_CLOUD_INSTANCE_ID": _HEAD_ID,
+            "RAY_OVERRIDE_NODE_ID_FOR_TESTING": _HEAD_ID,
+            "AUTOSCALER_UPDATE_INTERVAL_S": "1",
+        }
+        ports = ["--port", str(self._port), "--dashboard-port", str(self._dashboard)]
+        ports += ["--ray-client-server-port", str(self._client)]
+        return self._start(["--head", *ports, f"--autoscaling-config={path}"], 0)
 
     def start_node(self, cpus: int, *, hidden: Path | None = None) -> Node:
         """Start a node; `hidden` is a folder in which it finds nothing, as on another machine."""

@@ -77,16 +77,16 @@ def test_a_cluster_without_cpus_that_does_not_grow_is_refused_and_not_waited_for
     grown(stated="")
     assert cpus_at_most() == 1
     with pytest.raises(CxrRayError, match=r"the cluster has no CPU; add nodes, or say in CXR_RAY_MAX_CLUSTER how many come"):
-        await_cpu("ingest")
+        await_cpu()
 
 
 def test_where_a_cpu_is_nobody_waits(grown, capsys: pytest.CaptureFixture[str]) -> None:
     grown({"CPU": 1.0})
-    await_cpu("ingest")
+    await_cpu()
     assert capsys.readouterr().err == ""
 
 
 def test_without_a_cluster_the_cpus_are_those_of_this_process(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(ray, "is_initialized", lambda: False)
     assert cpus_at_most() == available_cpus()
-    await_cpu("ingest")
+    await_cpu()
