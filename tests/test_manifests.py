@@ -21,6 +21,7 @@ from manifests import (
     RAY_METRICS,
     REPOSITORY,
     Document,
+    definition,
     documents,
     faults,
     found,
@@ -77,6 +78,15 @@ def test_a_field_that_kuberay_does_not_know_is_noticed() -> None:
         "spec.rayClusterConfig.headGroupSpec.template.spec.containers.0",
         "spec.rayClusterConfig.workerGroupSpecs.0.minReplicas",
     ]
+
+
+def test_nothing_goes_unchecked_in_ci(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    for kind in RAY_KINDS:
+        assert "spec" in definition(kind)["schema"]["openAPIV3Schema"]["properties"]
+    monkeypatch.setenv("PATH", str(tmp_path))
+    monkeypatch.setenv("CI", "true")
+    with pytest.raises(pytest.fail.Exception, match=r"kubectl .*1\.27"):
+        rendered(tmp_path)
 
 
 @pytest.mark.parametrize("version", KUBERNETES)
