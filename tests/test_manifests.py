@@ -241,6 +241,25 @@ def test_what_listens_is_let_in_and_nothing_else(site: list[Document]) -> None:
             assert selector.get("matchLabels", selector)["cxr-ray/component"] in known
 
 
+def test_drains_go_on(site: list[Document]) -> None:
+    # What there is at least of the pods with these labels; KubeRay adds that of the node's type.
+    least: dict[tuple[str, str | None], int] = {}
+    for cluster in (found(site, "RayService")["spec"]["rayClusterConfig"], found(site, "RayCluster")["spec"]):
+        head = cluster["headGroupSpec"]["template"]["metadata"]["labels"]["cxr-ray/component"]
+        least[head, "head"] = 1
+        least[head, "worker"] = sum(group["minReplicas"] for group in cluster["workerGroupSpecs"])
+    budgets = [document["spec"] for document in site if document["kind"] == "PodDisruptionBudget"]
+    for budget in budgets:
+        # Kubernetes asks the owner of a pod how many there are to be of it, and KubeRay's kinds have no answer: with
+        # maxUnavailable or a percentage nothing may ever go.
+        assert "scale" not in definition("RayCluster")["subresources"]
+        assert isinstance(budget["minAvailable"], int)
+        labels = budget["selector"]["matchLabels"]
+        assert budget["minAvailable"] < least[labels["cxr-ray/component"], labels.get("ray.io/node-type")]
+    # Who has two workers of the service keeps one.
+    assert len(budgets) == (least["serve", "worker"] > 1)
+
+
 def test_workers_come_and_go(site: list[Document]) -> None:
     for cluster in (found(site, "RayService")["spec"]["rayClusterConfig"], found(site, "RayCluster")["spec"]):
         assert cluster["enableInTreeAutoscaling"] is True
