@@ -260,6 +260,20 @@ def test_drains_go_on(site: list[Document]) -> None:
     assert len(budgets) == (least["serve", "worker"] > 1)
 
 
+def test_ray_drains_a_node_for_as_long_as_its_pod_has(applied: list[Document]) -> None:
+    from ray._private import ray_constants
+
+    # Ray calls the constant and the variable that it comes from the same.
+    name = "RAY_GRACEFUL_SHUTDOWN_DRAIN_TIMEOUT_S"
+    assert hasattr(ray_constants, name)
+    drains = int(found(rendered(BASE), "ConfigMap", "cxr-ray-cluster")["data"][name])
+    for each in pods(applied):
+        if each.component in {"serve", "work"}:
+            # What is left is for ending Ray's processes; then comes SIGKILL.
+            assert drains + 10 <= each.spec["terminationGracePeriodSeconds"] <= drains + 30, each.where
+            assert {"configMapRef": {"name": "cxr-ray-cluster"}} in each.containers[0]["envFrom"], each.where
+
+
 def test_workers_come_and_go(site: list[Document]) -> None:
     for cluster in (found(site, "RayService")["spec"]["rayClusterConfig"], found(site, "RayCluster")["spec"]):
         assert cluster["enableInTreeAutoscaling"] is True
