@@ -1,5 +1,6 @@
 """The Kubernetes manifests: accepted by the published schemas, locked down, of one mind with the code and with each other."""
 
+import math
 import os
 import re
 import shlex
@@ -28,10 +29,11 @@ from manifests import (
     pods,
     rendered,
 )
+from ray.serve import Application, Deployment
 
 from cluster.command_line import check
 from cxr_ray.settings import load_settings
-from serve.deployment import DeploymentSettings, serve_config
+from serve.deployment import DeploymentSettings, application, serve_config
 from serve.node.listener_settings import ListenerSettings
 from serve.node.node import ListenSettings
 from serve.service import ServeSettings, prepare_environment
@@ -164,9 +166,9 @@ def test_serve_config_is_what_the_command_writes(folder: Path) -> None:
     assert written == serve_config(settings, settings.host, settings.port)
     deployed = ServeDeploySchema.model_validate(written)
     assert deployed.http_options.port == HTTP == ServeSettings.model_fields["port"].default
-    (application,) = deployed.applications
+    (deployment,) = deployed.applications
     # What `serve.deployment:application` is given by Serve; a token is needed there.
-    assert DeploymentSettings(**application.args).insecure is False
+    assert DeploymentSettings(**deployment.args).insecure is False
     site = BASE if folder.parent == BASE else folder
     assert yaml.safe_load(found(rendered(site), "RayService")["spec"]["serveConfigV2"]) == written
 
@@ -286,16 +288,41 @@ def test_workers_come_and_go(site: list[Document]) -> None:
     assert {group["minReplicas"] for group in found(site, "RayCluster")["spec"]["workerGroupSpecs"]} == {0}
 
 
-def test_networks_fit_on_the_workers_of_the_service(site: list[Document]) -> None:
+def test_networks_fit_on_the_workers_of_the_service_while_a_bundle_is_replaced(
+    site: list[Document], untrained_bundle: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     spec = found(site, "RayService")["spec"]
     settings = DeploymentSettings(**yaml.safe_load(spec["serveConfigV2"])["applications"][0]["args"])
+    monkeypatch.setenv(TOKEN_VARIABLE, "a-token")
+    built = application(
+        settings.model_copy(update={"bundle": str(untrained_bundle), "store": f"sqlite:///{tmp_path / 'store'}"})
+    )
+    wanted = [each for deployment in deployments(built) for each in at_most(deployment)]
     (group,) = spec["rayClusterConfig"]["workerGroupSpecs"]
     limits = group["template"]["spec"]["containers"][0]["resources"]["limits"]
-    networks = settings.max_replicas or settings.replicas
-    if settings.gpu:
-        assert group["maxReplicas"] * int(limits["nvidia.com/gpu"]) >= networks
-    fronts = (settings.max_fronts or settings.fronts) * (0.1 + 0.1 * settings.decoders)
-    assert group["maxReplicas"] * int(limits["cpu"]) >= networks * (settings.threads or 0.5) + fronts
+    free = [[float(limits["cpu"]), float(limits.get("nvidia.com/gpu", 0))] for _ in range(group["maxReplicas"])]
+    # The largest first, each on the first worker that has room.
+    for cpus, gpus in sorted(wanted, reverse=True):
+        place = next((one for one in free if one[0] >= cpus - 1e-6 and one[1] >= gpus), None)
+        assert place is not None, f"no room for a replica of {cpus} CPUs and {gpus} GPUs"
+        place[0] -= cpus
+        place[1] -= gpus
+
+
+def deployments(built: Application) -> list[Deployment]:
+    """Those of an application, the ingress first."""
+    bound = built._bound_deployment
+    below = [each for models in bound.init_args if isinstance(models, dict) for each in models.values()]
+    return [bound, *(deployment for each in below for deployment in deployments(each))]
+
+
+def at_most(deployment: Deployment) -> list[tuple[float, float]]:
+    """CPUs and GPUs of every replica that there may be at once: as many as load asks for, and those that replace them."""
+    config = deployment._deployment_config
+    most = config.autoscaling_config.max_replicas if config.autoscaling_config else config.num_replicas
+    options = deployment.ray_actor_options
+    both = most + math.ceil(config.max_surge_percent * most / 100)
+    return [(options.get("num_cpus", 1), options.get("num_gpus", 0))] * both
 
 
 def test_gpus_are_asked_for_where_the_image_has_cuda() -> None:
