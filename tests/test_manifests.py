@@ -341,27 +341,74 @@ def test_images_and_labels_bear_the_version(applied: list[Document]) -> None:
     assert {re.fullmatch(r"registry\.example/cxr-ray:(.+)-(?:cpu|cuda)", image)[1] for image in own} == {PROJECT["version"]}
 
 
-def test_a_site_of_its_own_is_made_as_the_page_says(tmp_path: Path) -> None:
-    page = (REPOSITORY / "docs/kubernetes.md").read_text()
-    (example,) = re.findall(r"```yaml\n(.*?)```", page, re.DOTALL)
-    folder = tmp_path / "site"
-    folder.mkdir()
-    relative = os.path.relpath(REPOSITORY, folder)
-    (folder / "kustomization.yaml").write_text(example.replace("../cluster", f"{relative}/cluster"))
-    (folder / "node.yaml").write_text("spool: /var/lib/cxr-ray/spool\nlistener: {ae_title: HERE}\n")
-    made = rendered(folder)
-    assert "HERE" in found(made, "ConfigMap", "cxr-ray-node")["data"]["node.yaml"]
+def test_everything_is_in_one_namespace(applied: list[Document]) -> None:
+    assert {document["metadata"].get("namespace") for document in applied if document["kind"] != "Namespace"} == {"cxr-ray"}
+
+
+PAGE = (REPOSITORY / "docs/kubernetes.md").read_text()
+
+
+@pytest.fixture
+def own_site(tmp_path: Path) -> Path:
+    """The folder `site` of the page, with everything that the page puts into it."""
+    site = tmp_path / "site"
+    (site / "train").mkdir(parents=True)
+    for folder, example in zip((site, site / "train"), re.findall(r"```yaml\n(.*?)```", PAGE, re.DOTALL), strict=True):
+        # kustomize follows relative paths only.
+        relative = os.path.relpath(REPOSITORY / "cluster", folder)
+        (folder / "kustomization.yaml").write_text(re.sub(r"(\.\./)+cluster", relative, example))
+    (site / "node.yaml").write_text((BASE / "config/node.yaml").read_text().replace("10.20.0.0/16", "10.77.0.0/16"))
+    given = yaml.safe_load((KUBERAY / "overlays/small/serve.yaml").read_text())
+    (site / "serve.yaml").write_text(yaml.safe_dump(given | {"bundle": "s3://ours/models/chest"}))
+    settings = load_settings(ServeSettings, site / "serve.yaml", {})
+    (site / "serve-deploy.yaml").write_text(yaml.safe_dump(serve_config(settings, settings.host, settings.port)))
+    return site
+
+
+def test_a_site_of_its_own_is_made_as_the_page_says(own_site: Path) -> None:
+    made = rendered(own_site)
+    assert {document["metadata"].get("namespace") for document in made if document["kind"] != "Namespace"} == {"cxr-ray"}
+    assert "10.77.0.0/16" in found(made, "ConfigMap", "cxr-ray-node")["data"]["node.yaml"]
+    policies = yaml.safe_dump([document for document in made if document["kind"] == "NetworkPolicy"])
+    assert policies.count("10.77.0.0/16") == 2
+    assert "10.20." not in policies
     assert found(made, "ConfigMap", "cxr-ray-cluster")["data"]["AWS_ENDPOINT_URL"] == "https://s3.hospital.example"
     assert found(made, "ConfigMap", "cxr-ray-cluster")["data"]["RAY_USAGE_STATS_ENABLED"] == "0"
+    service = yaml.safe_load(found(made, "RayService")["spec"]["serveConfigV2"])
+    assert service["applications"][0]["args"]["bundle"] == "s3://ours/models/chest"
     images = {container["image"] for each in pods(made) for container in each.containers}
     assert images == {
         f"harbor.hospital.example/radiology/cxr-ray:{PROJECT['version']}-cpu",
         next(iter(pods([found(made, "StatefulSet", "cxr-ray-postgresql")]))).containers[0]["image"],
     }
-    assert found(made, "Ingress")["spec"]["rules"][0]["http"]["paths"][0]["backend"]["service"]["port"]["number"] == HTTP
+    ingress = found(made, "Ingress")["spec"]
+    assert ingress["rules"][0]["http"]["paths"][0]["backend"]["service"]["port"]["number"] == HTTP
+    assert ingress["tls"][0]["hosts"] == [ingress["rules"][0]["host"]] == ["cxr.hospital.example"]
     for name, given in ((each["metadata"]["name"], each["stringData"]) for each in documents(BASE / "secrets.example.yaml")):
-        (command,) = re.findall(rf"create secret generic {name} (.*)$", page, re.MULTILINE)
+        (command,) = re.findall(rf"create secret generic {name} (.*)$", PAGE, re.MULTILINE)
         assert set(re.findall(r"--from-(?:literal|file)=(\w+)=", command)) == set(given)
+
+
+def test_a_job_of_its_own_is_made_as_the_page_says(own_site: Path) -> None:
+    (job,) = rendered(own_site / "train")
+    assert faults(job) == []
+    assert job["metadata"]["namespace"] == "cxr-ray"
+    check(shlex.split(job["spec"]["entrypoint"])[1:])
+    (submitter,) = pods([job])
+    assert submitter.containers[0]["image"].startswith("harbor.hospital.example/")
+
+
+def test_jobs_are_deleted_before_they_are_applied_again() -> None:
+    for folder in JOBS:
+        job = found(rendered(folder), "RayJob")
+        # KubeRay refuses it of a job that has no cluster of its own to shut down, and ends nothing by it.
+        assert "ttlSecondsAfterFinished" not in job["spec"]
+        assert "kubectl delete -k" in (folder / "kustomization.yaml").read_text()
+    lines = PAGE.splitlines()
+    applied = [number for number, line in enumerate(lines) if "kubectl apply -k" in line and "train" in line]
+    assert applied
+    for number in applied:
+        assert lines[number - 1] == f"{lines[number].replace('apply', 'delete')} --ignore-not-found"
 
 
 def test_training_jobs_are_commands_that_submit_takes() -> None:
