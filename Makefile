@@ -36,6 +36,7 @@ peers:
 	@if [ "$$(id -u)" = 0 ] && command -v apt-get >/dev/null && ! dpkg -s $(PEERS) >/dev/null 2>&1; then \
 		apt-get update -qq && DEBIAN_FRONTEND=noninteractive RUNLEVEL=1 apt-get install -y -qq --no-install-recommends $(PEERS) >/dev/null; \
 	fi || echo "the test peers ($(PEERS)) could not be installed"
+	@command -v kubectl >/dev/null || echo "no kubectl, which renders the manifests for their tests, and Debian's is too old: install 1.27 or later, see kubernetes.io/docs/tasks/tools"
 
 demo: install
 	$(BIN)/cxr-ray demo $(if $(SERVE),--serve)

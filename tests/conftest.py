@@ -44,11 +44,11 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     items.sort(key=lambda item: ranks.get(item.path.stem, len(ranks)))
 
 
-def require_program(name: str, folders: str = _SYSTEM_FOLDERS) -> Path:
+def require_program(name: str, folders: str = _SYSTEM_FOLDERS, remedy: str = "install it with 'make peers'") -> Path:
     """A peer that the system has installed; without it the test is skipped, and fails where CI is to have all of them."""
     found = shutil.which(name, path=folders)
     if found is None:
-        reason = f"{name} is in none of {folders}; install it with 'make peers'"
+        reason = f"{name} is in none of {folders}; {remedy}"
         if os.environ.get("CI") == "true":
             pytest.fail(reason)
         pytest.skip(reason)

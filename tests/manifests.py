@@ -1,7 +1,8 @@
 """The files that describe clusters, as tests read them: kustomizations rendered, custom resources checked by their schemas."""
 
+import gzip
+import json
 import os
-import shutil
 import subprocess
 import tomllib
 from collections.abc import Iterator
@@ -12,8 +13,8 @@ from pathlib import Path
 from typing import Any
 
 import jsonschema
-import pytest
 import yaml
+from conftest import require_program
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 CLUSTER = REPOSITORY / "cluster"
@@ -33,15 +34,13 @@ def documents(path: Path) -> list[Document]:
 
 
 def _documents(text: str) -> list[Document]:
-    # The parser in C: KubeRay's definitions are 3 MB.
     return [document for document in yaml.load_all(text, yaml.CSafeLoader) if document is not None]
 
 
 @cache
 def _parsed(folder: Path) -> list[Document]:
-    kubectl = shutil.which("kubectl")
-    if kubectl is None:
-        pytest.skip("no kubectl to render kustomizations with; install a release of 1.27 or later")
+    # Not one of 'make peers': Debian's is older than components and replacements of kustomize.
+    kubectl = require_program("kubectl", os.environ["PATH"], "install 1.27 or later, see kubernetes.io/docs/tasks/tools")
     done = subprocess.run([kubectl, "kustomize", folder], capture_output=True, text=True, timeout=60, check=False)
     assert done.returncode == 0, done.stderr
     return _documents(done.stdout)
@@ -96,20 +95,19 @@ def _templates(node: object, where: str) -> Iterator[Pods]:
             yield from _templates(each, f"{where}.{key}")
 
 
-def require_schemas() -> Path:
-    """Folder of the published definitions of KubeRay's kinds."""
-    folder = (REPOSITORY / os.environ.get("CXR_SCHEMAS", "../shared/schemas") / "kuberay").resolve()
-    if not folder.is_dir():
-        pytest.skip(f"no schemas in {folder}; set CXR_SCHEMAS to a folder with KubeRay's definitions in kuberay/")
-    return folder
+@cache
+def definition(kind: str) -> Document:
+    """How KubeRay defines a kind, in the version that the manifests name; kuberay/README.md says where it is from."""
+    packed = Path(__file__).with_name("kuberay") / f"{kind.lower()}s.json.gz"
+    published = json.loads(gzip.decompress(packed.read_bytes()))
+    assert published["spec"]["names"]["kind"] == kind
+    (version,) = [each for each in published["spec"]["versions"] if each["name"] == "v1"]
+    return version
 
 
 @cache
-def _schema(folder: Path, kind: str) -> jsonschema.Draft7Validator:
-    (definition,) = documents(folder / f"ray.io_{kind.lower()}s.yaml")
-    assert definition["spec"]["names"]["kind"] == kind
-    (version,) = [each for each in definition["spec"]["versions"] if each["name"] == "v1"]
-    schema = deepcopy(version["schema"]["openAPIV3Schema"])
+def _validator(kind: str) -> jsonschema.Draft7Validator:
+    schema = deepcopy(definition(kind)["schema"]["openAPIV3Schema"])
     _close(schema)
     schema["properties"]["metadata"] = {"type": "object"}
     return jsonschema.Draft7Validator(schema)
@@ -129,5 +127,5 @@ def _close(schema: object) -> None:
 
 def faults(document: Document) -> list[str]:
     """What the published definition of a Ray kind has against a document."""
-    validator = _schema(require_schemas(), document["kind"])
-    return [f"{'.'.join(map(str, error.absolute_path))}: {error.message}" for error in validator.iter_errors(document)]
+    errors = _validator(document["kind"]).iter_errors(document)
+    return [f"{'.'.join(map(str, error.absolute_path))}: {error.message}" for error in errors]

@@ -1,5 +1,6 @@
 """The Kubernetes manifests: accepted by the published schemas, locked down, of one mind with the code and with each other."""
 
+import math
 import os
 import re
 import shlex
@@ -21,16 +22,18 @@ from manifests import (
     RAY_METRICS,
     REPOSITORY,
     Document,
+    definition,
     documents,
     faults,
     found,
     pods,
     rendered,
 )
+from ray.serve import Application, Deployment
 
 from cluster.command_line import check
 from cxr_ray.settings import load_settings
-from serve.deployment import DeploymentSettings, serve_config
+from serve.deployment import DeploymentSettings, application, serve_config
 from serve.node.listener_settings import ListenerSettings
 from serve.node.node import ListenSettings
 from serve.service import ServeSettings, prepare_environment
@@ -77,6 +80,15 @@ def test_a_field_that_kuberay_does_not_know_is_noticed() -> None:
         "spec.rayClusterConfig.headGroupSpec.template.spec.containers.0",
         "spec.rayClusterConfig.workerGroupSpecs.0.minReplicas",
     ]
+
+
+def test_nothing_goes_unchecked_in_ci(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    for kind in RAY_KINDS:
+        assert "spec" in definition(kind)["schema"]["openAPIV3Schema"]["properties"]
+    monkeypatch.setenv("PATH", str(tmp_path))
+    monkeypatch.setenv("CI", "true")
+    with pytest.raises(pytest.fail.Exception, match=r"kubectl .*1\.27"):
+        rendered(tmp_path)
 
 
 @pytest.mark.parametrize("version", KUBERNETES)
@@ -154,9 +166,9 @@ def test_serve_config_is_what_the_command_writes(folder: Path) -> None:
     assert written == serve_config(settings, settings.host, settings.port)
     deployed = ServeDeploySchema.model_validate(written)
     assert deployed.http_options.port == HTTP == ServeSettings.model_fields["port"].default
-    (application,) = deployed.applications
+    (deployment,) = deployed.applications
     # What `serve.deployment:application` is given by Serve; a token is needed there.
-    assert DeploymentSettings(**application.args).insecure is False
+    assert DeploymentSettings(**deployment.args).insecure is False
     site = BASE if folder.parent == BASE else folder
     assert yaml.safe_load(found(rendered(site), "RayService")["spec"]["serveConfigV2"]) == written
 
@@ -231,6 +243,39 @@ def test_what_listens_is_let_in_and_nothing_else(site: list[Document]) -> None:
             assert selector.get("matchLabels", selector)["cxr-ray/component"] in known
 
 
+def test_drains_go_on(site: list[Document]) -> None:
+    # What there is at least of the pods with these labels; KubeRay adds that of the node's type.
+    least: dict[tuple[str, str | None], int] = {}
+    for cluster in (found(site, "RayService")["spec"]["rayClusterConfig"], found(site, "RayCluster")["spec"]):
+        head = cluster["headGroupSpec"]["template"]["metadata"]["labels"]["cxr-ray/component"]
+        least[head, "head"] = 1
+        least[head, "worker"] = sum(group["minReplicas"] for group in cluster["workerGroupSpecs"])
+    budgets = [document["spec"] for document in site if document["kind"] == "PodDisruptionBudget"]
+    for budget in budgets:
+        # Kubernetes asks the owner of a pod how many there are to be of it, and KubeRay's kinds have no answer: with
+        # maxUnavailable or a percentage nothing may ever go.
+        assert "scale" not in definition("RayCluster")["subresources"]
+        assert isinstance(budget["minAvailable"], int)
+        labels = budget["selector"]["matchLabels"]
+        assert budget["minAvailable"] < least[labels["cxr-ray/component"], labels.get("ray.io/node-type")]
+    # Who has two workers of the service keeps one.
+    assert len(budgets) == (least["serve", "worker"] > 1)
+
+
+def test_ray_drains_a_node_for_as_long_as_its_pod_has(applied: list[Document]) -> None:
+    from ray._private import ray_constants
+
+    # Ray calls the constant and the variable that it comes from the same.
+    name = "RAY_GRACEFUL_SHUTDOWN_DRAIN_TIMEOUT_S"
+    assert hasattr(ray_constants, name)
+    drains = int(found(rendered(BASE), "ConfigMap", "cxr-ray-cluster")["data"][name])
+    for each in pods(applied):
+        if each.component in {"serve", "work"}:
+            # What is left is for ending Ray's processes; then comes SIGKILL.
+            assert drains + 10 <= each.spec["terminationGracePeriodSeconds"] <= drains + 30, each.where
+            assert {"configMapRef": {"name": "cxr-ray-cluster"}} in each.containers[0]["envFrom"], each.where
+
+
 def test_workers_come_and_go(site: list[Document]) -> None:
     for cluster in (found(site, "RayService")["spec"]["rayClusterConfig"], found(site, "RayCluster")["spec"]):
         assert cluster["enableInTreeAutoscaling"] is True
@@ -243,16 +288,41 @@ def test_workers_come_and_go(site: list[Document]) -> None:
     assert {group["minReplicas"] for group in found(site, "RayCluster")["spec"]["workerGroupSpecs"]} == {0}
 
 
-def test_networks_fit_on_the_workers_of_the_service(site: list[Document]) -> None:
+def test_networks_fit_on_the_workers_of_the_service_while_a_bundle_is_replaced(
+    site: list[Document], untrained_bundle: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     spec = found(site, "RayService")["spec"]
     settings = DeploymentSettings(**yaml.safe_load(spec["serveConfigV2"])["applications"][0]["args"])
+    monkeypatch.setenv(TOKEN_VARIABLE, "a-token")
+    built = application(
+        settings.model_copy(update={"bundle": str(untrained_bundle), "store": f"sqlite:///{tmp_path / 'store'}"})
+    )
+    wanted = [each for deployment in deployments(built) for each in at_most(deployment)]
     (group,) = spec["rayClusterConfig"]["workerGroupSpecs"]
     limits = group["template"]["spec"]["containers"][0]["resources"]["limits"]
-    networks = settings.max_replicas or settings.replicas
-    if settings.gpu:
-        assert group["maxReplicas"] * int(limits["nvidia.com/gpu"]) >= networks
-    fronts = (settings.max_fronts or settings.fronts) * (0.1 + 0.1 * settings.decoders)
-    assert group["maxReplicas"] * int(limits["cpu"]) >= networks * (settings.threads or 0.5) + fronts
+    free = [[float(limits["cpu"]), float(limits.get("nvidia.com/gpu", 0))] for _ in range(group["maxReplicas"])]
+    # The largest first, each on the first worker that has room.
+    for cpus, gpus in sorted(wanted, reverse=True):
+        place = next((one for one in free if one[0] >= cpus - 1e-6 and one[1] >= gpus), None)
+        assert place is not None, f"no room for a replica of {cpus} CPUs and {gpus} GPUs"
+        place[0] -= cpus
+        place[1] -= gpus
+
+
+def deployments(built: Application) -> list[Deployment]:
+    """Those of an application, the ingress first."""
+    bound = built._bound_deployment
+    below = [each for models in bound.init_args if isinstance(models, dict) for each in models.values()]
+    return [bound, *(deployment for each in below for deployment in deployments(each))]
+
+
+def at_most(deployment: Deployment) -> list[tuple[float, float]]:
+    """CPUs and GPUs of every replica that there may be at once: as many as load asks for, and those that replace them."""
+    config = deployment._deployment_config
+    most = config.autoscaling_config.max_replicas if config.autoscaling_config else config.num_replicas
+    options = deployment.ray_actor_options
+    both = most + math.ceil(config.max_surge_percent * most / 100)
+    return [(options.get("num_cpus", 1), options.get("num_gpus", 0))] * both
 
 
 def test_gpus_are_asked_for_where_the_image_has_cuda() -> None:
@@ -271,27 +341,74 @@ def test_images_and_labels_bear_the_version(applied: list[Document]) -> None:
     assert {re.fullmatch(r"registry\.example/cxr-ray:(.+)-(?:cpu|cuda)", image)[1] for image in own} == {PROJECT["version"]}
 
 
-def test_a_site_of_its_own_is_made_as_the_page_says(tmp_path: Path) -> None:
-    page = (REPOSITORY / "docs/kubernetes.md").read_text()
-    (example,) = re.findall(r"```yaml\n(.*?)```", page, re.DOTALL)
-    folder = tmp_path / "site"
-    folder.mkdir()
-    relative = os.path.relpath(REPOSITORY, folder)
-    (folder / "kustomization.yaml").write_text(example.replace("../cluster", f"{relative}/cluster"))
-    (folder / "node.yaml").write_text("spool: /var/lib/cxr-ray/spool\nlistener: {ae_title: HERE}\n")
-    made = rendered(folder)
-    assert "HERE" in found(made, "ConfigMap", "cxr-ray-node")["data"]["node.yaml"]
+def test_everything_is_in_one_namespace(applied: list[Document]) -> None:
+    assert {document["metadata"].get("namespace") for document in applied if document["kind"] != "Namespace"} == {"cxr-ray"}
+
+
+PAGE = (REPOSITORY / "docs/kubernetes.md").read_text()
+
+
+@pytest.fixture
+def own_site(tmp_path: Path) -> Path:
+    """The folder `site` of the page, with everything that the page puts into it."""
+    site = tmp_path / "site"
+    (site / "train").mkdir(parents=True)
+    for folder, example in zip((site, site / "train"), re.findall(r"```yaml\n(.*?)```", PAGE, re.DOTALL), strict=True):
+        # kustomize follows relative paths only.
+        relative = os.path.relpath(REPOSITORY / "cluster", folder)
+        (folder / "kustomization.yaml").write_text(re.sub(r"(\.\./)+cluster", relative, example))
+    (site / "node.yaml").write_text((BASE / "config/node.yaml").read_text().replace("10.20.0.0/16", "10.77.0.0/16"))
+    given = yaml.safe_load((KUBERAY / "overlays/small/serve.yaml").read_text())
+    (site / "serve.yaml").write_text(yaml.safe_dump(given | {"bundle": "s3://ours/models/chest"}))
+    settings = load_settings(ServeSettings, site / "serve.yaml", {})
+    (site / "serve-deploy.yaml").write_text(yaml.safe_dump(serve_config(settings, settings.host, settings.port)))
+    return site
+
+
+def test_a_site_of_its_own_is_made_as_the_page_says(own_site: Path) -> None:
+    made = rendered(own_site)
+    assert {document["metadata"].get("namespace") for document in made if document["kind"] != "Namespace"} == {"cxr-ray"}
+    assert "10.77.0.0/16" in found(made, "ConfigMap", "cxr-ray-node")["data"]["node.yaml"]
+    policies = yaml.safe_dump([document for document in made if document["kind"] == "NetworkPolicy"])
+    assert policies.count("10.77.0.0/16") == 2
+    assert "10.20." not in policies
     assert found(made, "ConfigMap", "cxr-ray-cluster")["data"]["AWS_ENDPOINT_URL"] == "https://s3.hospital.example"
     assert found(made, "ConfigMap", "cxr-ray-cluster")["data"]["RAY_USAGE_STATS_ENABLED"] == "0"
+    service = yaml.safe_load(found(made, "RayService")["spec"]["serveConfigV2"])
+    assert service["applications"][0]["args"]["bundle"] == "s3://ours/models/chest"
     images = {container["image"] for each in pods(made) for container in each.containers}
     assert images == {
         f"harbor.hospital.example/radiology/cxr-ray:{PROJECT['version']}-cpu",
         next(iter(pods([found(made, "StatefulSet", "cxr-ray-postgresql")]))).containers[0]["image"],
     }
-    assert found(made, "Ingress")["spec"]["rules"][0]["http"]["paths"][0]["backend"]["service"]["port"]["number"] == HTTP
+    ingress = found(made, "Ingress")["spec"]
+    assert ingress["rules"][0]["http"]["paths"][0]["backend"]["service"]["port"]["number"] == HTTP
+    assert ingress["tls"][0]["hosts"] == [ingress["rules"][0]["host"]] == ["cxr.hospital.example"]
     for name, given in ((each["metadata"]["name"], each["stringData"]) for each in documents(BASE / "secrets.example.yaml")):
-        (command,) = re.findall(rf"create secret generic {name} (.*)$", page, re.MULTILINE)
+        (command,) = re.findall(rf"create secret generic {name} (.*)$", PAGE, re.MULTILINE)
         assert set(re.findall(r"--from-(?:literal|file)=(\w+)=", command)) == set(given)
+
+
+def test_a_job_of_its_own_is_made_as_the_page_says(own_site: Path) -> None:
+    (job,) = rendered(own_site / "train")
+    assert faults(job) == []
+    assert job["metadata"]["namespace"] == "cxr-ray"
+    check(shlex.split(job["spec"]["entrypoint"])[1:])
+    (submitter,) = pods([job])
+    assert submitter.containers[0]["image"].startswith("harbor.hospital.example/")
+
+
+def test_jobs_are_deleted_before_they_are_applied_again() -> None:
+    for folder in JOBS:
+        job = found(rendered(folder), "RayJob")
+        # KubeRay refuses it of a job that has no cluster of its own to shut down, and ends nothing by it.
+        assert "ttlSecondsAfterFinished" not in job["spec"]
+        assert "kubectl delete -k" in (folder / "kustomization.yaml").read_text()
+    lines = PAGE.splitlines()
+    applied = [number for number, line in enumerate(lines) if "kubectl apply -k" in line and "train" in line]
+    assert applied
+    for number in applied:
+        assert lines[number - 1] == f"{lines[number].replace('apply', 'delete')} --ignore-not-found"
 
 
 def test_training_jobs_are_commands_that_submit_takes() -> None:

@@ -2,6 +2,7 @@
 
 import fnmatch
 import json
+import os
 import re
 import subprocess
 import sys
@@ -240,6 +241,73 @@ def test_ray_up_takes_its_configurations(name: str) -> None:
     assert "--env RAY_AUTH_MODE=token" in given["docker"]["run_options"]
     (token,) = given["file_mounts"]
     assert f"--env RAY_AUTH_TOKEN_PATH={token}" in given["docker"]["run_options"]
+
+
+# Debian's /etc/profile, for users other than root.
+LOGIN_PATH = "/usr/local/bin:/usr/bin:/bin:/usr/local/games:/usr/games"
+
+
+def test_the_image_has_what_ray_up_calls(tmp_path: Path) -> None:
+    """Ray runs its commands in a login shell, for which Debian's profile replaces PATH, and goes to workers by ssh."""
+    from ray.autoscaler._private.command_runner import _with_interactive
+
+    (installed,) = re.findall(r"apt-get install -y --no-install-recommends (.*) \\\n", DOCKERFILE)
+    assert {"bash", "openssh-client", "procps", "rsync"} <= set(installed.split())
+    (script,) = re.findall(r"^RUN echo '(.*)' > /etc/profile\.d/\w[\w.-]*\.sh$", DOCKERFILE, re.MULTILINE)
+    folder = tmp_path / "bin"
+    folder.mkdir()
+    (folder / "ray").write_text('#!/bin/sh\necho "ray of the image: $1"\n')
+    (folder / "ray").chmod(0o755)
+    (tmp_path / ".bash_profile").write_text(f"PATH={LOGIN_PATH}\n{script.replace('/opt/cxr-ray/bin', str(folder))}\n")
+    assert f"{folder}:" in (tmp_path / ".bash_profile").read_text()
+    done = login(" ".join(_with_interactive("ray stop")), tmp_path, f"{folder}:{LOGIN_PATH}")
+    assert (done.returncode, done.stdout) == (0, "ray of the image: stop\n"), done.stderr
+    (tmp_path / ".bash_profile").write_text(f"PATH={LOGIN_PATH}\n")
+    assert login(" ".join(_with_interactive("ray stop")), tmp_path, f"{folder}:{LOGIN_PATH}").returncode == 127
+
+
+def login(command: str, home: Path, path: str) -> subprocess.CompletedProcess[str]:
+    """Run what Ray sends; its shells are interactive, and may not take the terminal of the tests."""
+    bash = require_program("bash", "/usr/bin:/bin")
+    return subprocess.run(
+        [bash, "-c", command],
+        env={"HOME": str(home), "PATH": path},
+        stdin=subprocess.DEVNULL,
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=False,
+        start_new_session=True,
+    )
+
+
+def test_the_token_can_be_read_in_the_containers_on_premises(tmp_path: Path) -> None:
+    """It lies there as the SSH user's, for nobody else to read, and that user is seldom the image's."""
+    from ray.autoscaler._private.command_runner import _with_interactive
+    from ray.autoscaler._private.docker import docker_start_cmds
+    from ray.autoscaler.sdk import get_docker_host_mount_location
+
+    (given,) = documents(CLUSTER / "ray-up/on-premises.yaml")
+    (token,) = given["file_mounts"]
+    place = f"{get_docker_host_mount_location(given['cluster_name'])}{token}"
+    (made_readable,) = [command for command in given["initialization_commands"] if place in command]
+    copied = tmp_path / "cluster.token"
+    copied.write_text("secret")
+    copied.chmod(0o600)
+    # On the host, between the copying of files and the start of the container.
+    done = login(" ".join(_with_interactive(made_readable.replace(place, str(copied)))), tmp_path, LOGIN_PATH)
+    assert done.returncode == 0, done.stderr
+    assert (copied.stat().st_mode & 0o777, copied.stat().st_gid) == (0o640, os.getgid())
+    (tmp_path / "docker").write_text('#!/bin/sh\nprintf "%s\\n" "$@"\n')
+    (tmp_path / "docker").chmod(0o755)
+    docker = given["docker"]
+    start = docker_start_cmds(
+        "ssh-user", docker["image"], {token: ""}, "name", docker["run_options"], "cluster", "/tmp", str(tmp_path / "docker")
+    )
+    options = login(" ".join(_with_interactive(start)), tmp_path, LOGIN_PATH).stdout.splitlines()
+    assert options[options.index("--group-add") + 1] == str(os.getgid())
+    assert options[-2:] == [docker["image"], "bash"]
+    assert "--user" not in options
 
 
 @pytest.mark.system
