@@ -131,6 +131,8 @@ class LocalCluster:
             "RAY_CLOUD_INSTANCE_ID": _HEAD_ID,
             "RAY_OVERRIDE_NODE_ID_FOR_TESTING": _HEAD_ID,
             "AUTOSCALER_UPDATE_INTERVAL_S": "1",
+            # One more process than elsewhere imports Ray while the head starts.
+            "RAY_raylet_start_wait_time_s": "120",
         }
         ports = ["--port", str(self._port), "--dashboard-port", str(self._dashboard)]
         ports += ["--ray-client-server-port", str(self._client)]

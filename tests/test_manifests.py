@@ -11,6 +11,7 @@ import kubernetes_validate
 import pytest
 import yaml
 from manifests import (
+    CLUSTER,
     DASHBOARD,
     DICOM,
     HTTP,
@@ -32,6 +33,7 @@ from manifests import (
 from ray.serve import Application, Deployment
 
 from cluster.command_line import check
+from cxr_ray.cluster_growth import stated_nodes
 from cxr_ray.settings import load_settings
 from serve.deployment import DeploymentSettings, application, serve_config
 from serve.node.listener_settings import ListenerSettings
@@ -286,6 +288,25 @@ def test_workers_come_and_go(site: list[Document]) -> None:
         for group in cluster["workerGroupSpecs"]:
             assert group["minReplicas"] == group["replicas"] < group["maxReplicas"]
     assert {group["minReplicas"] for group in found(site, "RayCluster")["spec"]["workerGroupSpecs"]} == {0}
+
+
+def test_work_may_count_on_what_the_autoscaler_may_bring(site: list[Document]) -> None:
+    cluster = found(site, "RayCluster")
+    may_come = []
+    for group in cluster["spec"]["workerGroupSpecs"]:
+        limits = group["template"]["spec"]["containers"][0]["resources"]["limits"]
+        node = {"CPU": float(limits["cpu"])} | ({"GPU": float(limits["nvidia.com/gpu"])} if "nvidia.com/gpu" in limits else {})
+        may_come += [node] * group["maxReplicas"]
+    assert stated_nodes(found(site, "ConfigMap", "cxr-ray-cluster")["data"]) == may_come
+
+
+def test_work_may_count_on_what_ray_up_may_bring() -> None:
+    configuration = yaml.safe_load((CLUSTER / "ray-up/aws.yaml").read_text())
+    types = configuration["available_node_types"].values()
+    may_come = [kind["resources"] for kind in types for _ in range(kind["max_workers"])]
+    words = shlex.split(" ".join(configuration["docker"]["run_options"]))
+    assert stated_nodes(dict(word.split("=", 1) for word in words if "=" in word)) == may_come
+    assert configuration["max_workers"] == len(may_come)
 
 
 def test_networks_fit_on_the_workers_of_the_service_while_a_bundle_is_replaced(

@@ -30,18 +30,6 @@ def release(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return path
 
 
-@pytest.fixture(scope="module")
-def dataset(cluster: LocalCluster, release: Path) -> Path:
-    """Ingested when the cluster was its head alone."""
-    assert len(cluster.alive()) == 1
-    path = release.with_name("dataset")
-    done = cluster.submit("ingest", "nih", "--release", str(release), "--out", str(path), "--size", "64")
-    assert done.returncode == 0, done.stdout + done.stderr
-    assert "the cluster has no CPU now, and may grow to 4; waiting for its first node" in done.stdout
-    assert len(cluster.alive()) > 1
-    return path
-
-
 def until_alone(cluster: LocalCluster) -> None:
     """Nodes without work are taken away after a minute."""
     deadline = time.monotonic() + 240
@@ -50,15 +38,27 @@ def until_alone(cluster: LocalCluster) -> None:
         time.sleep(1)
 
 
+@pytest.fixture(scope="module")
+def dataset(cluster: LocalCluster, release: Path) -> Path:
+    """Ingested when the cluster was its head alone."""
+    until_alone(cluster)
+    path = release.with_name("dataset")
+    done = cluster.submit("ingest", "nih", "--release", str(release), "--out", str(path), "--size", "64")
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "the cluster has no CPU now, and may grow to 4; waiting for its first node" in done.stdout
+    assert len(cluster.alive()) > 1
+    return path
+
+
 def test_training_evaluation_and_prediction_bring_their_nodes(cluster: LocalCluster, dataset: Path, release: Path) -> None:
     run = dataset.with_name("run")
     until_alone(cluster)
-    placed = ["--workers", "2", "--cpus-per-worker", "1"]
+    placed = ["--workers", "1..2", "--cpus-per-worker", "1"]
     trained = cluster.submit(
         *("train", "--data", str(dataset), "--out", str(run), "--preset", "multi-input", "--epochs", "1", *placed)
     )
     assert trained.returncode == 0, trained.stdout + trained.stderr
-    assert re.search(r"train: training, 2 workers", trained.stdout)
+    assert re.search(r"train: training, [12] workers?", trained.stdout)
     until_alone(cluster)
     evaluated = cluster.submit("evaluate", "--bundle", f"{run}/bundle", "--data", str(dataset))
     assert evaluated.returncode == 0, evaluated.stdout + evaluated.stderr
