@@ -103,7 +103,8 @@ def _from_shards(data: Path, batch: int, epochs: int) -> dict[str, float]:
     from cxr_ray.epoch_order import EpochOrder
     from cxr_ray.ray_session import ray_session
     from cxr_ray.train_settings import TrainSettings
-    from cxr_ray.training_data import WorkerShare, stream
+    from cxr_ray.training_data import stream
+    from cxr_ray.window_source import WorkerShare
 
     reader = shard_reader(str(data / "dataset"), "train")
     rows = tuple(group.rows for group in reader.groups)

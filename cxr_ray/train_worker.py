@@ -46,7 +46,8 @@ from cxr_ray.training import (
     out_of_patience,
     step_seed,
 )
-from cxr_ray.training_data import WorkerShare, as_batch, stream
+from cxr_ray.training_data import as_batch, stream
+from cxr_ray.window_source import WorkerShare
 
 _SECONDS_TO_COMMIT = 60.0
 _METADATA_ROW_BYTES = 512

@@ -30,10 +30,13 @@ FASTER = {
     "RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S": "5",
 }
 # As Ray's provider of fake nodes knows the head.
-_HEAD_ID = "f" * 51 + "00000"
-_NO_COMMANDS: dict[str, object] = {
-    f"{when}_commands": []
-    for when in ("setup", "head_setup", "worker_setup", "initialization", "head_start_ray", "worker_start_ray")
+_HEAD_ID, _HEAD_TYPE = "f" * 51 + "00000", "ray.head.default"
+# What Ray's autoscaler wants to find in its configuration, though nothing is installed or copied anywhere.
+_NOTHING_TO_DO: dict[str, object] = {
+    **{f"{when}_commands": [] for when in ("initialization", "setup", "head_setup", "worker_setup")},
+    **{f"{when}_commands": [] for when in ("head_start_ray", "worker_start_ray")},
+    **{"cluster_synced_files": [], "rsync_exclude": [], "rsync_filter": []},
+    **{"file_mounts": {}, "file_mounts_sync_continuously": False, "docker": {}, "auth": {"ssh_user": "nobody"}},
 }
 
 
@@ -114,11 +117,14 @@ class LocalCluster:
         }
         held = {"CPU": cpus, "object_store_memory": 300_000_000}
         config = {
-            **_NO_COMMANDS,
-            **{"cluster_name": "growing", "max_workers": most, "idle_timeout_minutes": 1, "provider": provider},
-            **{"auth": {"ssh_user": "nobody"}, "file_mounts": {}, "head_node_type": "head"},
+            **_NOTHING_TO_DO,
+            "cluster_name": "growing",
+            "provider": provider,
+            "max_workers": most,
+            "idle_timeout_minutes": 1,
+            "head_node_type": _HEAD_TYPE,
             "available_node_types": {
-                "head": {"resources": {"CPU": 0}, "node_config": {}, "max_workers": 0},
+                _HEAD_TYPE: {"resources": {"CPU": 0}, "node_config": {}, "max_workers": 0},
                 "worker": {"resources": held, "node_config": {}, "min_workers": 0, "max_workers": most},
             },
         }

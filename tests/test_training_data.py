@@ -14,8 +14,9 @@ from cxr_ray.input_profile import profile, profile_of_patients
 from cxr_ray.records import clinical_columns, clinical_inputs, from_fixed_lists, pixel_array
 from cxr_ray.shard_rows import ShardReader
 from cxr_ray.training import Batch
-from cxr_ray.training_data import WorkerShare, stream
+from cxr_ray.training_data import stream
 from cxr_ray.training_inputs import sampled, training_inputs
+from cxr_ray.window_source import WorkerShare
 
 pytestmark = pytest.mark.ray
 

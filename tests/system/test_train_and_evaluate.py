@@ -62,6 +62,12 @@ def evaluation(phantom_run: PhantomRun, tmp_path_factory: pytest.TempPathFactory
     )
 
 
+@pytest.fixture(scope="module")
+def calibrated(evaluation: Evaluation) -> Evaluation:
+    """The same bundle and split once more, calibrated; nothing written."""
+    return evaluate(scored_only(evaluation, calibrate="platt"))
+
+
 def test_network_learns_what_phantoms_show(evaluation: Evaluation, phantom_run: PhantomRun) -> None:
     scores = evaluation.scores
     split = Dataset(str(phantom_run.dataset)).split("test")
@@ -138,24 +144,24 @@ def test_heatmaps_are_judged_by_the_boxes_of_the_split(evaluation: Evaluation) -
     assert 0 <= found.overall.hits.value <= 1
 
 
-def test_readings_of_the_test_split_are_counted(evaluation: Evaluation) -> None:
-    again = evaluate(scored_only(evaluation))
-    assert len(again.readings) == len(evaluation.readings) + 1
+def test_readings_of_the_test_split_are_counted(evaluation: Evaluation, calibrated: Evaluation) -> None:
+    assert len(calibrated.readings) == len(evaluation.readings) + 1
     assert evaluation.readings[-1].rows == 1 + len(evaluation.ablations)
     assert evaluate(scored_only(evaluation, split="val")).readings is None
 
 
-def test_an_expected_prevalence_moves_probabilities_and_thresholds(evaluation: Evaluation, tmp_path: Path) -> None:
+def test_an_expected_prevalence_moves_probabilities_and_thresholds(
+    evaluation: Evaluation, calibrated: Evaluation, tmp_path: Path
+) -> None:
     expected = tmp_path / "expected.csv"
     expected.write_text("finding,prevalence\nEffusion,0.9\n")
-    as_fitted = evaluate(scored_only(evaluation, calibrate="platt"))
     shifted = evaluate(scored_only(evaluation, calibrate="platt", prevalence=str(expected)))
     k = FINDINGS.index("Effusion")
-    before, after = as_fitted.predictions.probabilities, shifted.predictions.probabilities
+    before, after = calibrated.predictions.probabilities, shifted.predictions.probabilities
     assert (after[:, k] > before[:, k]).all()
     # Two runs batch their rows differently, and the last digits of a float32 product depend on that.
     np.testing.assert_allclose(np.delete(after, k, axis=1), np.delete(before, k, axis=1), atol=1e-5)
-    assert shifted.operating[k].sensitivity == pytest.approx(as_fitted.operating[k].sensitivity, abs=0.05)
+    assert shifted.operating[k].sensitivity == pytest.approx(calibrated.operating[k].sensitivity, abs=0.05)
 
 
 def scored_only(evaluation: Evaluation, **changed: object) -> EvaluateSettings:
@@ -185,8 +191,7 @@ def test_subgroups_add_up_to_the_split(evaluation: Evaluation) -> None:
     assert [group.name for group in evaluation.subgroups if group.by == "finding"] == ["known", "new"]
 
 
-def test_calibration_changes_probabilities_and_not_their_order(evaluation: Evaluation) -> None:
-    calibrated = evaluate(scored_only(evaluation, calibrate="platt"))
+def test_calibration_changes_probabilities_and_not_their_order(evaluation: Evaluation, calibrated: Evaluation) -> None:
     for before, after, change in zip(
         evaluation.scores.findings, calibrated.scores.findings, calibrated.recalibrated, strict=True
     ):
