@@ -62,6 +62,11 @@ class Cluster:
         return _get(self.address, path, self.headers, self.ca_file)
 
     @property
+    def trusted(self) -> ssl.SSLContext | bool:
+        """Whose certificates are trusted, as httpx takes it."""
+        return _trusted(self.ca_file)
+
+    @property
     def options(self) -> str:
         """The options by which cxr-ray's own commands reach it, as a shell takes them."""
         given = ["", "--address", hidden(self.address)]
@@ -131,14 +136,17 @@ def untrusted(address: str, error: BaseException) -> SubmitError | None:
 
 
 def _get(address: str, path: str, headers: Mapping[str, str], ca_file: Path | None) -> httpx.Response:
-    trusted = True if ca_file is None else ssl.create_default_context(cafile=ca_file)
     try:
-        return httpx.get(f"{address}{path}", headers=dict(headers), timeout=_SECONDS_TO_ANSWER, verify=trusted)
+        return httpx.get(f"{address}{path}", headers=dict(headers), timeout=_SECONDS_TO_ANSWER, verify=_trusted(ca_file))
     except (httpx.HTTPError, httpx.InvalidURL) as error:
         raise untrusted(address, error) or Unreachable(
             f"{address}: no answer ({error or type(error).__name__}); start the cluster, or give the URL of its dashboard "
             "with --address (port 8265 of the head node unless set otherwise)"
         ) from None
+
+
+def _trusted(ca_file: Path | None) -> ssl.SSLContext | bool:
+    return True if ca_file is None else ssl.create_default_context(cafile=ca_file)
 
 
 def _authorities(ca_file: Path | None) -> Path | None:

@@ -24,6 +24,12 @@ def _deploy(
         str | None, typer.Option(help="URL of the cluster's dashboard [RAY_API_SERVER_ADDRESS, else http://127.0.0.1:8265].")
     ] = None,
     token_file: Annotated[Path | None, typer.Option(help="File with the cluster's token.")] = None,
+    ca_file: Annotated[
+        Path | None,
+        typer.Option(
+            help="PEM file with the authority of an https:// address's certificate [CXR_RAY_CA_FILE, else known ones]."
+        ),
+    ] = None,
     keep: Annotated[
         bool,
         typer.Option("--keep", help="Stay, and put it there again whenever the cluster has lost it or could not build it."),
@@ -33,8 +39,8 @@ def _deploy(
     try:
         read = read_configuration(configuration)
         if keep:
-            _keep(Keeper(lambda: reach(address, token_file), read, _tell))
-        cluster = reach(address, token_file)
+            _keep(Keeper(lambda: reach(address, token_file, ca_file), read, _tell))
+        cluster = reach(address, token_file, ca_file)
         deploy_configuration(cluster, read)
     except SubmitError as error:
         sys.stderr.write(f"cxr-ray: {error}\n")

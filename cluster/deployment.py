@@ -140,7 +140,9 @@ class Keeper:
 def _ask(cluster: Cluster, method: str, body: Mapping[str, Any] | None = None) -> httpx.Response:
     url = f"{cluster.address}{_PATH}"
     try:
-        answer = httpx.request(method, url, headers=dict(cluster.headers), json=body, timeout=_SECONDS_TO_ANSWER)
+        answer = httpx.request(
+            method, url, headers=dict(cluster.headers), json=body, timeout=_SECONDS_TO_ANSWER, verify=cluster.trusted
+        )
     except httpx.HTTPError as error:
         raise SubmitError(f"{url}: no answer ({error or type(error).__name__}); is the head of the cluster up?") from None
     if not answer.is_success:

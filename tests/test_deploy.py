@@ -2,6 +2,7 @@
 
 import json
 import os
+import ssl
 import subprocess
 import sys
 import threading
@@ -14,6 +15,7 @@ import pytest
 import ray
 import yaml
 from manifests import CLUSTER
+from result_peers import certificate
 
 from cluster import deployment
 from cluster.connection import reach
@@ -32,23 +34,30 @@ class Head:
     ----------
     outcome
         State of an application once it was put here; None refuses to take one.
+    certificate
+        Certificate and key of one behind TLS.
     """
 
     def __init__(self) -> None:
         self.applications: dict[str, dict[str, str]] = {}
         self.put: list[dict[str, Any]] = []
         self.outcome: str | None = "RUNNING"
+        self.certificate: tuple[Path, Path] | None = None
         self._server: ThreadingHTTPServer | None = None
         self._port = 0
 
     @property
     def address(self) -> str:
-        return f"http://127.0.0.1:{self._port}"
+        return f"{'https' if self.certificate else 'http'}://127.0.0.1:{self._port}"
 
     def start(self) -> None:
         self.applications = {}
         self._server = ThreadingHTTPServer(("127.0.0.1", self._port), self._handler())
         self._port = self._server.server_port
+        if self.certificate is not None:
+            context = ssl.create_default_context(ssl.Purpose.CLIENT_AUTH)
+            context.load_cert_chain(*self.certificate)
+            self._server.socket = context.wrap_socket(self._server.socket, server_side=True)
         threading.Thread(target=self._server.serve_forever, args=[0.05], daemon=True).start()
 
     def end(self) -> None:
@@ -124,6 +133,19 @@ def test_the_command_puts_what_was_written(head: Head) -> None:
     done = run(CONFIGURATION, "--address", head.address)
     assert (done.returncode, done.stdout) == (0, f"cxr-ray put on {head.address}\n"), done.stderr
     assert head.put == [yaml.safe_load(CONFIGURATION.read_text())]
+
+
+def test_a_cluster_behind_tls_is_trusted_by_its_authority(head: Head, tmp_path: Path) -> None:
+    authority = certificate(tmp_path, "authority")
+    head.end()
+    head.certificate = certificate(tmp_path, "head", authority)
+    head.start()
+    refused = run(CONFIGURATION, "--address", head.address)
+    assert (refused.returncode, refused.stderr.count("\n"), head.put) == (1, 1, [])
+    assert "give the file with the authority that it comes from with --ca-file" in refused.stderr
+    done = run(CONFIGURATION, "--address", head.address, "--ca-file", authority[0])
+    assert done.returncode == 0, done.stderr
+    assert len(head.put) == 1
 
 
 def test_what_is_wrong_is_one_line(head: Head, tmp_path: Path) -> None:

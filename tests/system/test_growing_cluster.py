@@ -2,12 +2,14 @@
 
 import json
 import re
+import subprocess
+import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from local_cluster import LocalCluster
+from local_cluster import LocalCluster, clean_environment
 
 pytestmark = [pytest.mark.system, pytest.mark.cluster, pytest.mark.timeout(900)]
 
@@ -23,10 +25,9 @@ def cluster() -> Iterator[LocalCluster]:
 
 @pytest.fixture(scope="module")
 def release(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    from ingest.phantom_release import PhantomSettings, make_release
-
     path = tmp_path_factory.mktemp("phantoms") / "release"
-    make_release(PhantomSettings(out=str(path), patients=40, size=64))
+    command = [sys.executable, "-m", "cxr_ray", "ingest", "phantom", "--out", str(path), "--patients", "40", "--size", "64"]
+    subprocess.run(command, env=clean_environment(), check=True, capture_output=True)
     return path
 
 
@@ -65,7 +66,7 @@ def test_training_evaluation_and_prediction_bring_their_nodes(cluster: LocalClus
     until_alone(cluster)
     answers = dataset.with_name("answers.parquet")
     predicted = cluster.submit(
-        *("predict", "--bundle", f"{run}/bundle", "--input", f"{release}/images", "--out", str(answers), "--json")
+        *("predict", "--bundle", f"{run}/bundle", "--input", f"{release}/images_001/images", "--out", str(answers), "--json")
     )
     assert predicted.returncode == 0, predicted.stdout + predicted.stderr
     assert answers.exists()
