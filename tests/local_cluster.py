@@ -23,6 +23,8 @@ import pytest
 
 RAY = [sys.executable, "-m", "ray.scripts.scripts"]
 OBJECT_STORE = ["--object-store-memory", "300000000", "--disable-usage-stats"]
+# A busy machine may need longer than Ray's half minute to start a node.
+PATIENT = {"RAY_raylet_start_wait_time_s": "120"}
 # Ray takes 15 seconds to miss a node, 5 to see that one will be taken away, and 60 to see that workers do not fit any more.
 FASTER = {
     "RAY_health_check_period_ms": "1000",
@@ -76,6 +78,7 @@ class LocalCluster:
         self.token_file.write_text(secrets.token_hex(16))
         self._environment = (
             clean_environment()
+            | PATIENT
             | FASTER
             | {
                 "RAY_AUTH_MODE": "token",
@@ -137,8 +140,6 @@ class LocalCluster:
             "RAY_CLOUD_INSTANCE_ID": _HEAD_ID,
             "RAY_OVERRIDE_NODE_ID_FOR_TESTING": _HEAD_ID,
             "AUTOSCALER_UPDATE_INTERVAL_S": "1",
-            # One more process than elsewhere imports Ray while the head starts.
-            "RAY_raylet_start_wait_time_s": "120",
         }
         ports = ["--port", str(self._port), "--dashboard-port", str(self._dashboard)]
         ports += ["--ray-client-server-port", str(self._client)]
