@@ -41,10 +41,8 @@ peers:
 demo: install
 	$(BIN)/cxr-ray demo $(if $(SERVE),--serve)
 
-# What has no Ray and no peers of its own runs on every core; the rest shares one Ray and one service, one test after the other.
 test: install peers lint
-	$(BIN)/python -m pytest -n $$(nproc) --dist loadfile -m "not (ray or system or cluster)" --durations 10
-	$(BIN)/python -m pytest -m "(ray or system) and not cluster" --durations 20
+	$(BIN)/python -m pytest --durations 20
 
 test-cluster: install peers
 	$(BIN)/python -m pytest -m cluster
