@@ -1,6 +1,5 @@
 """`cxr-ray submit`: a command of cxr-ray as a job on a Ray cluster."""
 
-import sys
 from pathlib import Path
 from typing import Annotated
 
@@ -8,12 +7,12 @@ import typer
 
 from cluster.command_line import COMMANDS, CommandLine, check, command_line
 from cluster.connection import Cluster, reach
-from cluster.credentials import hidden
 from cluster.errors import SubmitError
 from cluster.job import Job
 from cluster.room import check_room
-from cluster.submit import client_of, submit_patiently
+from cluster.submit import known_job, submit_patiently
 from cluster.submit import submit as submit_job
+from cluster.terminal import Address, CaFile, TokenFile, in_one_line, notice, write
 
 _HELP = "\n\n".join(
     (
@@ -48,16 +47,9 @@ def _submit(
     command: Annotated[
         list[str] | None, typer.Argument(metavar="COMMAND", help=f"{', '.join(COMMANDS)}, and its options.")
     ] = None,
-    address: Annotated[
-        str | None, typer.Option(help="URL of the cluster's dashboard [RAY_API_SERVER_ADDRESS, else http://127.0.0.1:8265].")
-    ] = None,
-    token_file: Annotated[Path | None, typer.Option(help="File with the cluster's token.")] = None,
-    ca_file: Annotated[
-        Path | None,
-        typer.Option(
-            help="PEM file with the authority of an https:// address's certificate [CXR_RAY_CA_FILE, else known ones]."
-        ),
-    ] = None,
+    address: Address = None,
+    token_file: TokenFile = None,
+    ca_file: CaFile = None,
     submission_id: Annotated[str | None, typer.Option(help="Name of the job; one is made if not given.")] = None,
     num_cpus: Annotated[
         float,
@@ -69,10 +61,10 @@ def _submit(
     ] = 0,
     attach: Annotated[str | None, typer.Option(metavar="ID", help="Follow the job with this submission id.")] = None,
 ) -> None:
-    try:
+    with in_one_line():
         if attach is not None:
             _require_nothing_else(attach, command, submission_id, num_cpus, retries, no_wait=no_wait)
-            raise SystemExit(_follow(_attached(attach, reach(address, token_file, ca_file))))
+            raise SystemExit(_follow(known_job(reach(address, token_file, ca_file), attach)))
         if no_wait and retries:
             raise SubmitError("--no-wait leaves nobody who could try again; leave out --retries or --no-wait", 2)
         prepared = command_line(command or [], Path.cwd())
@@ -80,11 +72,8 @@ def _submit(
         cluster = reach(address, token_file, ca_file)
         check_room(cluster, num_cpus)
         job = submit_job(cluster, prepared, submission_id=submission_id, num_cpus=num_cpus)
-        _write(f"{job.submission_id}\n")
+        write(f"{job.submission_id}\n")
         raise SystemExit(0 if no_wait else _see_through(job, cluster, prepared, num_cpus, retries))
-    except SubmitError as error:
-        _notice(str(error))
-        raise SystemExit(error.code) from None
 
 
 def _require_nothing_else(
@@ -102,38 +91,22 @@ def _require_nothing_else(
         raise SubmitError(f"--attach {attach}: follows a job that runs already; leave out {name}", 2)
 
 
-def _attached(submission_id: str, cluster: Cluster) -> Job:
-    job = Job(client_of(cluster), cluster, submission_id)
-    job.require()
-    return job
-
-
 def _see_through(job: Job, cluster: Cluster, command: CommandLine, num_cpus: float, retries: int) -> int:
     """Follow a job, and those that go on where it failed; returns the last one's exit code."""
     code = _follow(job)
     for attempt in range(1, retries + 1):
         if code in _NOT_RETRIED or job.stopped:
             break
-        _notice(f"submitting it again ({attempt} of {retries})")
-        job = submit_patiently(cluster, command.again(), _notice, num_cpus=num_cpus)
-        _write(f"{job.submission_id}\n")
+        notice(f"submitting it again ({attempt} of {retries})")
+        job = submit_patiently(cluster, command.again(), notice, num_cpus=num_cpus)
+        write(f"{job.submission_id}\n")
         code = _follow(job)
     return code
 
 
 def _follow(job: Job) -> int:
     try:
-        return job.follow(_write, _notice)
+        return job.follow(write, notice)
     except KeyboardInterrupt:
-        _notice(f"job {job.submission_id} goes on; {job.how_to_go_on}")
+        notice(f"job {job.submission_id} goes on; {job.how_to_go_on}")
         return _INTERRUPTED
-
-
-def _write(text: str) -> None:
-    sys.stdout.write(text)
-    sys.stdout.flush()
-
-
-def _notice(text: str) -> None:
-    sys.stderr.write(f"cxr-ray: {hidden(text)}\n")
-    sys.stderr.flush()

@@ -2,10 +2,7 @@
 
 import json as json_module
 import sys
-from collections.abc import Iterator
-from contextlib import contextmanager
 from datetime import UTC, datetime
-from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
@@ -16,21 +13,13 @@ from rich.text import Text
 from cluster.answers import client_errors, told
 from cluster.connection import Cluster, reach
 from cluster.credentials import hidden
-from cluster.errors import SubmitError, last_line
-from cluster.job import Job
-from cluster.submit import client_of
+from cluster.errors import last_line
+from cluster.submit import client_of, known_job
+from cluster.terminal import Address, CaFile, TokenFile, in_one_line, notice, write
 
 if TYPE_CHECKING:
     from ray.job_submission import JobDetails
 
-Address = Annotated[
-    str | None, typer.Option(help="URL of the cluster's dashboard [RAY_API_SERVER_ADDRESS, else http://127.0.0.1:8265].")
-]
-TokenFile = Annotated[Path | None, typer.Option(help="File with the cluster's token.")]
-CaFile = Annotated[
-    Path | None,
-    typer.Option(help="PEM file with the authority of an https:// address's certificate [CXR_RAY_CA_FILE, else known ones]."),
-]
 SubmissionId = Annotated[str, typer.Argument(metavar="ID", help="Submission id, as 'list' prints it.")]
 # What goes before the command that was submitted.
 _INTERPRETER = "python -P -m cxr_ray "
@@ -46,7 +35,7 @@ def list_jobs(
     json: Annotated[bool, typer.Option("--json", help="Print them as JSON.")] = False,
 ) -> None:
     """List submitted jobs, the last first: id, state, when it began, how long it took, what it runs."""
-    with _in_one_line():
+    with in_one_line():
         found = [job for job in _listed(reach(address, token_file, ca_file)) if job.submission_id]
     found.sort(key=lambda job: job.start_time or 0, reverse=True)
     if json:
@@ -72,11 +61,11 @@ def print_log(
     follow: Annotated[bool, typer.Option("--follow", help="Go on to the job's end; its exit code is this command's.")] = False,
 ) -> None:
     """Print a job's log."""
-    with _in_one_line():
-        job = _known(submission_id, reach(address, token_file, ca_file))
+    with in_one_line():
+        job = known_job(reach(address, token_file, ca_file), submission_id)
         if follow:
-            raise SystemExit(job.follow(_write, _notice))
-        _write(job.log())
+            raise SystemExit(job.follow(write, notice))
+        write(job.log())
 
 
 @jobs.command("stop")
@@ -84,19 +73,9 @@ def stop_job(
     submission_id: SubmissionId, address: Address = None, token_file: TokenFile = None, ca_file: CaFile = None
 ) -> None:
     """End a job; what it has written stays, and the same command goes on from there."""
-    with _in_one_line():
-        job = _known(submission_id, reach(address, token_file, ca_file))
-        _notice(f"job {submission_id} {'is being stopped' if job.stop() else 'had ended already'}")
-
-
-@contextmanager
-def _in_one_line() -> Iterator[None]:
-    """End with what went wrong as one line, whatever it was."""
-    try:
-        yield
-    except SubmitError as error:
-        _notice(str(error))
-        raise SystemExit(error.code) from None
+    with in_one_line():
+        job = known_job(reach(address, token_file, ca_file), submission_id)
+        notice(f"job {submission_id} {'is being stopped' if job.stop() else 'had ended already'}")
 
 
 def _listed(cluster: Cluster) -> "list[JobDetails]":
@@ -105,12 +84,6 @@ def _listed(cluster: Cluster) -> "list[JobDetails]":
         return list(client.list_jobs())
     except client_errors() as error:
         raise told(cluster, error, "does not list its jobs") from error
-
-
-def _known(submission_id: str, cluster: Cluster) -> Job:
-    job = Job(client_of(cluster), cluster, submission_id)
-    job.require()
-    return job
 
 
 def _as_json(job: "JobDetails") -> dict[str, object]:
@@ -143,12 +116,3 @@ def _took(job: "JobDetails") -> str:
 
 def _moment(milliseconds: int) -> datetime:
     return datetime.fromtimestamp(milliseconds / 1000, UTC)
-
-
-def _write(text: str) -> None:
-    sys.stdout.write(text)
-    sys.stdout.flush()
-
-
-def _notice(text: str) -> None:
-    sys.stderr.write(f"cxr-ray: {hidden(text)}\n")

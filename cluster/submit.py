@@ -70,6 +70,19 @@ def client_of(cluster: Cluster) -> "JobSubmissionClient":
         raise told(cluster, error, "does not take jobs") from error
 
 
+def known_job(cluster: Cluster, submission_id: str) -> Job:
+    """A job that a cluster has.
+
+    Raises
+    ------
+    SubmitError
+        If it does not know it, or does not say.
+    """
+    job = Job(client_of(cluster), cluster, submission_id)
+    job.require()
+    return job
+
+
 def submit(cluster: Cluster, command: CommandLine, *, submission_id: str | None = None, num_cpus: float = 0) -> Job:
     """Upload the packages and start a job.
 
