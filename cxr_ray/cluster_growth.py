@@ -8,7 +8,6 @@ import json
 import os
 import time
 from collections.abc import Mapping
-from typing import Any
 
 from pydantic import BaseModel, ConfigDict, Field, RootModel, ValidationError
 from rich.console import Console
@@ -130,8 +129,4 @@ def stated_nodes(environment: Mapping[str, str]) -> list[dict[str, float]]:
             f"{MAX_CLUSTER} is {stated[:200]!r}: no list of worker nodes; give the like of "
             '[{"nodes": 8, "CPU": 8}, {"nodes": 4, "CPU": 8, "GPU": 1}]'
         ) from None
-    return [dict(_resources(group)) for group in groups for _ in range(group.nodes)]
-
-
-def _resources(group: _Group) -> Mapping[str, Any]:
-    return group.__pydantic_extra__ or {}
+    return [dict(group.__pydantic_extra__) for group in groups for _ in range(group.nodes)]

@@ -9,6 +9,11 @@ from cxr_ray.errors import CxrRayError
 _CPUS_FOR_READERS = 0.5
 
 
+def reserved(cpus: float, *, gpu: bool) -> dict[str, float]:
+    """What a worker that takes so many CPUs, and perhaps a GPU, reserves of Ray's resources."""
+    return {"CPU": cpus} | ({"GPU": 1.0} if gpu else {})
+
+
 def check_placement(workers: int, resources: Mapping[str, float]) -> None:
     """Refuse workers that the cluster cannot place, even when it is idle and has grown as far as it may.
 

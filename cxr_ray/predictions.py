@@ -20,7 +20,7 @@ from cxr_ray.dataset import Dataset
 from cxr_ray.errors import CxrRayError
 from cxr_ray.evaluate_settings import EvaluateSettings
 from cxr_ray.findings import FINDINGS
-from cxr_ray.placement import check_task
+from cxr_ray.placement import check_task, reserved
 from cxr_ray.progress import ProgressReport
 from cxr_ray.records import clinical_columns, clinical_inputs, fixed_lists, from_fixed_lists, pixel_array
 from cxr_ray.torch_engine import TorchEngine
@@ -111,7 +111,9 @@ def predict_split(
     CxrRayError
         If no node of the cluster can ever run the network, or what was scored is not exactly what the manifest counts.
     """
-    check_task(_resources(settings), "setting 'gpu'" if settings.gpu else "setting 'cpus_per_worker'")
+    check_task(
+        reserved(settings.cpus_per_worker, gpu=settings.gpu), "setting 'gpu'" if settings.gpu else "setting 'cpus_per_worker'"
+    )
     await_cpu()
     encoding = bundle.layout.encoding
     pixels = [] if bundle.size is None else ["pixels"]
@@ -147,10 +149,6 @@ def predict_split(
         Predictions(image_ids[order], patient_keys, probabilities, labels, None if number else speed)
         for number, probabilities in enumerate(scored)
     ]
-
-
-def _resources(settings: EvaluateSettings) -> dict[str, float]:
-    return {"CPU": settings.cpus_per_worker} | ({"GPU": 1.0} if settings.gpu else {})
 
 
 def _speed(table: pa.Table, batch_size: int) -> Speed | None:

@@ -5,6 +5,7 @@ from typing import Literal
 from pydantic import Field, field_validator
 
 from cxr_ray.clinical import Encoding
+from cxr_ray.placement import reserved
 from cxr_ray.settings import Settings
 
 Loss = Literal["bce", "weighted-bce", "balanced-bce", "asymmetric"]
@@ -111,4 +112,4 @@ class TrainSettings(Settings):
     @property
     def worker_resources(self) -> dict[str, float]:
         """What Ray reserves for one worker."""
-        return {"CPU": self.cpus_per_worker} | ({"GPU": 1.0} if self.gpu else {})
+        return reserved(self.cpus_per_worker, gpu=self.gpu)

@@ -20,7 +20,7 @@ from cxr_ray.bundle import read_description, required_size
 from cxr_ray.bundle_description import BundleDescription
 from cxr_ray.cluster_growth import await_cpu, cpus_at_most, nodes_at_most
 from cxr_ray.errors import CxrRayError, UsageError
-from cxr_ray.placement import check_task
+from cxr_ray.placement import check_task, reserved
 from cxr_ray.progress import ProgressReport
 from ingest.files import SourceFile, list_files
 from serve.answers_file import ANSWERED, answers_file, claim
@@ -133,7 +133,7 @@ def predict(plan: Plan) -> Summary:
         If no node of the cluster can ever run the network.
     """
     settings, described = plan.settings, plan.bundle
-    check_task({"CPU": 1, "GPU": 1} if settings.gpu else {"CPU": 1}, "--gpu" if settings.gpu else "the network")
+    check_task(reserved(1, gpu=settings.gpu), "--gpu" if settings.gpu else "the network")
     if cpus_at_most() <= settings.workers:
         raise UsageError(
             f"--workers {settings.workers}: leaves none of the cluster's {cpus_at_most()} CPUs for decoding; give fewer"
