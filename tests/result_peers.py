@@ -25,6 +25,7 @@ from pynetdicom import AE, evt
 from pynetdicom.sop_class import StorageCommitmentPushModel
 
 from serve.node.parcels import Item, Parcel, StudyOrigin
+from serve.node.spool import Origin, Spool
 
 SR_3D = "1.2.840.10008.5.1.4.1.1.88.34"
 SECONDARY_CAPTURE = "1.2.840.10008.5.1.4.1.1.7"
@@ -51,6 +52,16 @@ def dicom_file(sop_instance: str, sop_class: str = SR_3D, study: str = "1.2.3", 
     file = BytesIO()
     content.save_as(file, enforce_file_format=True)
     return file.getvalue()
+
+
+def dead_instance(spool: Spool) -> str:
+    """Put an instance into an empty spool and let it die there; returns its name."""
+    sop_class, sop_instance = "1.2.840.10008.5.1.4.1.1.1", "1.2.3.4"
+    file = dicom_file(sop_instance, sop_class)
+    spool.store(file[file.index(b"\x08\x00\x16\x00UI") :], Origin(sop_class, sop_instance, ExplicitVRLittleEndian))
+    (name,) = spool.pending()
+    spool.dead(name, reason="lateral view: send a frontal one", status=422, attempts=1, instance=spool.read(name))
+    return name
 
 
 def digest(text: str) -> str:

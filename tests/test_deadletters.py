@@ -10,14 +10,13 @@ from pathlib import Path
 
 import pytest
 import typer
-from pydicom.uid import ExplicitVRLittleEndian
-from result_peers import dicom_file, digest, parcel
+from result_peers import dead_instance, digest, parcel
 
 from cxr_ray.errors import CxrRayError, UsageError
 from serve.node.deadletter_cli import deadletter, deliveries
 from serve.node.outbox import Outbox
 from serve.node.parcels import Letter, ParcelState
-from serve.node.spool import Origin, Spool
+from serve.node.spool import Spool
 
 ROOT = Path(__file__).resolve().parents[1]
 LATER = datetime(2026, 3, 1, 12, tzinfo=UTC)
@@ -28,12 +27,7 @@ def folder(tmp_path: Path) -> Path:
     """A spool with a dead instance, dead results for two destinations, one that waits, and a conflict."""
     root = tmp_path / "spool"
     spool = Spool(root)
-    file = dicom_file("1.2.3.4", "1.2.840.10008.5.1.4.1.1.1")
-    spool.store(
-        file[file.index(b"\x08\x00\x16\x00UI") :], Origin("1.2.840.10008.5.1.4.1.1.1", "1.2.3.4", ExplicitVRLittleEndian)
-    )
-    (name,) = spool.pending()
-    spool.dead(name, reason="lateral view: send a frontal one", status=422, attempts=1, instance=spool.read(name))
+    dead_instance(spool)
     outbox = Outbox(root / "outbox")
     for number, destination in enumerate(("pacs", "pacs", "archive")):
         dead = parcel(str(number), destination)

@@ -10,16 +10,15 @@ from pathlib import Path
 import pytest
 import typer
 from manifests import CLUSTER, KUBERAY, REPOSITORY, documents
-from pydicom.uid import ExplicitVRLittleEndian
 from ray.serve.scripts import cli as serve_command
-from result_peers import dicom_file, parcel
+from result_peers import dead_instance, parcel
 
 from cxr_ray.console import COMMANDS
 from cxr_ray.settings import load_settings
 from serve.node.node import ListenSettings
 from serve.node.outbox import Outbox
 from serve.node.parcels import Letter
-from serve.node.spool import Origin, Spool
+from serve.node.spool import Spool
 from serve.node.spool_place import SPOOL_VARIABLE
 from serve.service import ServeSettings
 from serve.store import Store
@@ -130,12 +129,7 @@ def spool(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A spool with a dead instance and a dead result, found by the image's variable alone."""
     root = tmp_path / "spool"
     made = Spool(root)
-    file = dicom_file("1.2.3.4", "1.2.840.10008.5.1.4.1.1.1")
-    made.store(
-        file[file.index(b"\x08\x00\x16\x00UI") :], Origin("1.2.840.10008.5.1.4.1.1.1", "1.2.3.4", ExplicitVRLittleEndian)
-    )
-    (name,) = made.pending()
-    made.dead(name, reason="lateral view: send a frontal one", status=422, attempts=1, instance=made.read(name))
+    dead_instance(made)
     outbox = Outbox(root / "outbox")
     outbox.add(parcel("0", "archive"))
     outbox.queue("archive").dead(
