@@ -178,19 +178,6 @@ def test_only_what_was_given_is_handed_to_a_training():
     assert (training.cpus_per_worker, training.gpu, training.seed) == (1.0, True, 5)
 
 
-@pytest.mark.parametrize("name", [name for name, preset in presets.PRESETS.items() if preset.reads_images])
-def test_imagenet_weights_are_asked_for_where_there_are_some(name, tmp_path, monkeypatch):
-    """Without a network and a cache, whoever has such weights fails to download them; the others say that there are none."""
-    monkeypatch.setenv("TORCH_HOME", str(tmp_path))
-    for variable in ("https_proxy", "HTTPS_PROXY", "http_proxy", "HTTP_PROXY"):
-        monkeypatch.setenv(variable, "http://127.0.0.1:9")
-    for variable in ("no_proxy", "NO_PROXY"):
-        monkeypatch.delenv(variable, raising=False)
-    with pytest.raises(CxrRayError) as refused:
-        presets.build(name, init="imagenet")
-    assert ("cannot be downloaded" in str(refused.value)) is presets.find(name).pretrained
-
-
 # What is computed
 
 

@@ -5,7 +5,6 @@ What docs/conformance.md states of classes, syntaxes, roles and statuses is trie
 
 import json
 import os
-import urllib.request
 from collections.abc import Callable, Iterator
 from contextlib import closing
 from dataclasses import dataclass, field
@@ -438,8 +437,7 @@ def test_metrics_count_what_happened(listen, spool: Spool, file) -> None:
     assert rejected.returncode != 0
 
     def read() -> str:
-        with urllib.request.urlopen(f"http://127.0.0.1:{listener.metrics_port}/metrics", timeout=10) as answer:
-            return answer.read().decode()
+        return httpx.get(f"http://127.0.0.1:{listener.metrics_port}/metrics", timeout=10, trust_env=False).text
 
     until(lambda: 'associations_total{outcome="rejected"} 1.0' in read(), "the last association's end")
     said = read()

@@ -2,7 +2,10 @@
 
 import os
 import pickle
+import urllib.request
+from collections.abc import Iterator
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -223,13 +226,31 @@ def test_weights_of_another_backbone_are_refused(tmp_path, trained, change):
     assert "\n" not in str(refused.value)
 
 
-def test_imagenet_weights_without_a_network_name_the_other_ways(tmp_path, monkeypatch):
+@pytest.fixture
+def no_network(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """Nothing listens on the discard port, and nothing is cached in an empty folder."""
     monkeypatch.setenv("TORCH_HOME", str(tmp_path))
     for name in ("https_proxy", "HTTPS_PROXY", "http_proxy", "HTTP_PROXY"):
         monkeypatch.setenv(name, "http://127.0.0.1:9")
     for name in ("no_proxy", "NO_PROXY"):
         monkeypatch.delenv(name, raising=False)
+    # urllib keeps the proxies of its first call for as long as the process lives.
+    urllib.request.install_opener(None)
+    yield
+    urllib.request.install_opener(None)
+
+
+@pytest.mark.usefixtures("no_network")
+def test_imagenet_weights_without_a_network_name_the_other_ways():
     with pytest.raises(CxrRayError, match=r"init 'imagenet': .*cannot be downloaded.*--init PATH.*--init random") as refused:
         presets.build("multi-input", init="imagenet")
     assert "\n" not in str(refused.value)
+
+
+@pytest.mark.usefixtures("no_network")
+@pytest.mark.parametrize("name", [name for name, preset in presets.PRESETS.items() if preset.reads_images])
+def test_imagenet_weights_are_asked_for_where_there_are_some(name):
+    """Whoever has such weights fails to download them; the others say that there are none."""
+    with pytest.raises(CxrRayError) as refused:
+        presets.build(name, init="imagenet")
+    assert ("cannot be downloaded" in str(refused.value)) is presets.find(name).pretrained
