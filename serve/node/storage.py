@@ -166,6 +166,19 @@ class Storage:
         self.metrics.stored(stored, arrival.size, arrival.sync_seconds)
         return stored
 
+    def refusal(self, error: Exception, address: str) -> StoreRefused:
+        """What the sender is told of an error, which is logged unless it is a refusal already.
+
+        Whatever is wrong with an instance or here, its sender is owed a status which says that nothing was promised.
+        """
+        if isinstance(error, StoreRefused):
+            return error
+        if isinstance(error, OSError):
+            self.warnings.error(address, "instance not stored: %s", error.strerror)
+            return StoreRefused(OUT_OF_RESOURCES, _NOT_WRITTEN)
+        self.warnings.error(address, "instance not stored: %s", type(error).__name__)
+        return StoreRefused(PROCESSING_FAILURE, _FAILED)
+
 
 def store_part10(storage: Storage, file: bytes, *, sender: str = "", address: str = "") -> tuple[Stored, str]:
     """Store a DICOM file as a C-STORE of it would be stored: same checks, same spool, same durability.
@@ -210,14 +223,8 @@ def store_part10(storage: Storage, file: bytes, *, sender: str = "", address: st
             arrival.add(data_set)
             arrival.flush()
             return storage.keep(arrival, origin), name_of(origin.sop_instance_uid, arrival.digest())
-    except OSError as error:
-        storage.warnings.error(address, "instance not stored: %s", error.strerror)
-        raise StoreRefused(OUT_OF_RESOURCES, _NOT_WRITTEN) from None
-    except StoreRefused:
-        raise
-    except Exception as error:  # noqa: BLE001 - as for C-STORE: one instance's failure, which says that nothing was promised
-        storage.warnings.error(address, "instance not stored: %s", type(error).__name__)
-        raise StoreRefused(PROCESSING_FAILURE, _FAILED) from None
+    except Exception as error:  # noqa: BLE001 - as for C-STORE
+        raise storage.refusal(error, address) from None
 
 
 class _Instance:
@@ -243,29 +250,26 @@ class _Instance:
             if self._origin.sop_class_uid != context.abstract_syntax:
                 raise StoreRefused(NOT_THE_SOP_CLASS, "SOP class differs from the presentation context")
             self._arrival = storage.spool.receive(self._origin)
-        except StoreRefused as refused:
-            self._refused = refused
-        except OSError as error:
-            self._fail(error)
+        except Exception as error:  # noqa: BLE001
+            self._refuse(error)
 
     def add(self, fragment: memoryview) -> None:
         self._size += len(fragment)
         if self._arrival is None:
             return
-        if self._size > self._storage.rules.max_object_bytes:
-            self._refuse(StoreRefused(TOO_LARGE, f"data set exceeds {self._storage.rules.max_object_bytes} bytes"))
-            return
         try:
+            if self._size > self._storage.rules.max_object_bytes:
+                raise StoreRefused(TOO_LARGE, f"data set exceeds {self._storage.rules.max_object_bytes} bytes")
             self._arrival.add(fragment)
-        except OSError as error:
-            self._fail(error)
+        except Exception as error:  # noqa: BLE001
+            self._refuse(error)
 
     def flush(self) -> None:
         if self._arrival is not None:
             try:
                 self._arrival.flush()
-            except OSError as error:
-                self._fail(error)
+            except Exception as error:  # noqa: BLE001
+                self._refuse(error)
 
     def finish(self) -> Answer:
         try:
@@ -273,14 +277,8 @@ class _Instance:
                 stored = self._storage.keep(self._arrival, self._origin)
                 if stored is Stored.NEW:
                     self._peer.has_stored(name_of(self._origin.sop_instance_uid, self._arrival.digest()))
-        except StoreRefused as refused:
-            self._refused = refused
-        except OSError as error:
-            self._fail(error)
-        # Whatever is wrong with it or with us, the peer is owed a status that says that nothing was promised.
         except Exception as error:  # noqa: BLE001
-            self._storage.warnings.error(self._peer.address, "instance not stored: %s", type(error).__name__)
-            self._refused = StoreRefused(PROCESSING_FAILURE, _FAILED)
+            self._refuse(error)
         answer = Answer(self._refused.status, self._refused.comment) if self._refused else Answer(SUCCESS)
         if self._refused:
             words = f"C-STORE refused with {self._refused}; from %r"
@@ -293,13 +291,9 @@ class _Instance:
             self._arrival.close()
             self._arrival = None
 
-    def _refuse(self, refused: StoreRefused) -> None:
-        self._refused = refused
+    def _refuse(self, error: Exception) -> None:
+        self._refused = self._storage.refusal(error, self._peer.address)
         self.close()
-
-    def _fail(self, error: OSError) -> None:
-        self._storage.warnings.error(self._peer.address, "instance not stored: %s", error.strerror)
-        self._refuse(StoreRefused(OUT_OF_RESOURCES, _NOT_WRITTEN))
 
 
 def _check_identity(head: bytes, origin: Origin) -> None:
