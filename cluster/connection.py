@@ -49,22 +49,26 @@ class Cluster:
     token_file: Path | None = None
     ca_file: Path | None = None
 
-    def get(self, path: str) -> httpx.Response:
-        """What it answers to a GET request.
+    def ask(
+        self, path: str, method: str = "GET", *, body: Mapping[str, Any] | None = None, seconds: float = _SECONDS_TO_ANSWER
+    ) -> httpx.Response:
+        """What it answers to a request, whatever the status.
+
+        Parameters
+        ----------
+        body
+            What is sent along, as JSON.
+        seconds
+            How long the answer is waited for.
 
         Raises
         ------
         Unreachable
-            If it does not within seconds.
+            If it does not come in time.
         SubmitError
             If its certificate is not trusted.
         """
-        return _get(self.address, path, self.headers, self.ca_file)
-
-    @property
-    def trusted(self) -> ssl.SSLContext | bool:
-        """Whose certificates are trusted, as httpx takes it."""
-        return _trusted(self.ca_file)
+        return _ask(self.address, path, self.headers, self.ca_file, method=method, body=body, seconds=seconds)
 
     @property
     def options(self) -> str:
@@ -102,16 +106,16 @@ def reach(address: str | None, token_file: Path | None, ca_file: Path | None = N
     ca_file = _authorities(ca_file)
     headers: dict[str, str] = {}
     used_file = None
-    answer = _get(address, "/api/version", headers, ca_file)
+    answer = _ask(address, "/api/version", headers, ca_file)
     if answer.status_code == httpx.codes.UNAUTHORIZED:
         token, origin = _token(token_file, address)
         headers = {"Authorization": f"Bearer {token}"}
         used_file = None if token_file is None else token_file.absolute()
-        answer = _get(address, "/api/version", headers, ca_file)
+        answer = _ask(address, "/api/version", headers, ca_file)
         if answer.status_code in (httpx.codes.UNAUTHORIZED, httpx.codes.FORBIDDEN):
             raise SubmitError(f"{address}: refuses the token from {origin}; give the cluster's own with --token-file")
     _check_ray(address, _field(answer, "ray_version"))
-    metadata = _get(address, "/api/v0/cluster_metadata", headers, ca_file)
+    metadata = _ask(address, "/api/v0/cluster_metadata", headers, ca_file)
     _check_python(address, _field(metadata, "data", "pythonVersion"))
     return Cluster(address, headers, used_file, ca_file)
 
@@ -135,18 +139,24 @@ def untrusted(address: str, error: BaseException) -> SubmitError | None:
     return SubmitError(f"{address}: its certificate is not trusted ({reason}); {remedy}")
 
 
-def _get(address: str, path: str, headers: Mapping[str, str], ca_file: Path | None) -> httpx.Response:
+def _ask(
+    address: str,
+    path: str,
+    headers: Mapping[str, str],
+    ca_file: Path | None,
+    *,
+    method: str = "GET",
+    body: Mapping[str, Any] | None = None,
+    seconds: float = _SECONDS_TO_ANSWER,
+) -> httpx.Response:
     try:
-        return httpx.get(f"{address}{path}", headers=dict(headers), timeout=_SECONDS_TO_ANSWER, verify=_trusted(ca_file))
+        trusted = True if ca_file is None else ssl.create_default_context(cafile=ca_file)
+        return httpx.request(method, f"{address}{path}", headers=dict(headers), json=body, timeout=seconds, verify=trusted)
     except (httpx.HTTPError, httpx.InvalidURL) as error:
         raise untrusted(address, error) or Unreachable(
             f"{address}: no answer ({error or type(error).__name__}); start the cluster, or give the URL of its dashboard "
             "with --address (port 8265 of the head node unless set otherwise)"
         ) from None
-
-
-def _trusted(ca_file: Path | None) -> ssl.SSLContext | bool:
-    return True if ca_file is None else ssl.create_default_context(cafile=ca_file)
 
 
 def _authorities(ca_file: Path | None) -> Path | None:

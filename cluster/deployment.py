@@ -138,13 +138,9 @@ class Keeper:
 
 
 def _ask(cluster: Cluster, method: str, body: Mapping[str, Any] | None = None) -> httpx.Response:
-    url = f"{cluster.address}{_PATH}"
-    try:
-        answer = httpx.request(
-            method, url, headers=dict(cluster.headers), json=body, timeout=_SECONDS_TO_ANSWER, verify=cluster.trusted
-        )
-    except httpx.HTTPError as error:
-        raise SubmitError(f"{url}: no answer ({error or type(error).__name__}); is the head of the cluster up?") from None
+    answer = cluster.ask(_PATH, method, body=body, seconds=_SECONDS_TO_ANSWER)
     if not answer.is_success:
-        raise SubmitError(f"{url}: answers {answer.status_code} ({last_line(answer.text)}); the head's log has more")
+        raise SubmitError(
+            f"{cluster.address}{_PATH}: answers {answer.status_code} ({last_line(answer.text)}); the head's log has more"
+        )
     return answer

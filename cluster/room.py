@@ -53,7 +53,7 @@ def _may_grow(status: dict[str, Any]) -> bool:
 def _data(cluster: Cluster, path: str) -> dict[str, Any]:
     """What the dashboard tells at a path; nothing where it does not."""
     try:
-        found = cluster.get(path).json().get("data")
+        found = cluster.ask(path).json().get("data")
     except (Unreachable, ValueError, AttributeError):
         return {}
     return found if isinstance(found, dict) else {}
