@@ -17,13 +17,13 @@ from cluster.terminal import Address, CaFile, TokenFile, in_one_line, notice, wr
 _HELP = "\n\n".join(
     (
         f"Run {', '.join(COMMANDS[:-1])} or {COMMANDS[-1]} as a job on a Ray cluster, and follow its log.",
-        "Everything from the command's name on is the command's own, as it is without 'submit', and is checked here before "
-        "anything is sent. Its settings file (--config) is read here. Its other paths are the cluster's: relative ones are "
-        "made absolute here, and the nodes have to find the same files there (shared storage, or URIs such as "
-        "s3://bucket/folder).",
+        "The command has the options that it has without 'submit' ('cxr-ray train --help'), and is checked here before "
+        "anything is sent; those of this page may stand before or among them. Its settings file (--config) is read here. Its "
+        "other paths are the cluster's: relative ones are made absolute here, and the nodes have to find the same files there "
+        "(shared storage, or URIs such as s3://bucket/folder).",
         "Example:",
-        "cxr-ray submit --address http://head:8265 --token-file cluster.token train --data /shared/nih --out /shared/run1 "
-        "--workers 4 --gpu",
+        "cxr-ray submit train --data /shared/nih --out /shared/run1 --workers 4 --gpu --address http://head:8265 "
+        "--token-file cluster.token",
         "The cluster needs the same minor versions of Ray and Python, and what cxr-ray depends on, on every node and for the "
         "'python' in the head node's PATH. The code of cxr-ray itself is uploaded from here.",
         "A cluster with token authentication (RAY_AUTH_MODE=token) takes its token from --token-file, RAY_AUTH_TOKEN, "
@@ -42,7 +42,8 @@ _NOT_RETRIED = frozenset({0, 2, _INTERRUPTED})
 submit = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
 
 
-@submit.command(help=_HELP, context_settings={"allow_interspersed_args": False})
+# No command has an option of these names: what is unknown here is the command's.
+@submit.command(help=_HELP, context_settings={"ignore_unknown_options": True})
 def _submit(
     command: Annotated[
         list[str] | None, typer.Argument(metavar="COMMAND", help=f"{', '.join(COMMANDS)}, and its options.")

@@ -88,6 +88,8 @@ def command_line(arguments: Sequence[str], folder: Path) -> CommandLine:
         If the command is not one that runs as a job, its settings file cannot be read or is one of several, or a URI tells a
         password or a key.
     """
+    if arguments and arguments[0].startswith("-"):
+        raise SubmitError(f"No such option: {arguments[0]} ('cxr-ray submit --help' lists the options)", code=2)
     if not arguments or arguments[0] not in COMMANDS:
         given = f"command {arguments[0]!r} does not run as a job" if arguments else "no command is given"
         raise SubmitError(f"{given}; submit one of: {', '.join(COMMANDS)}", code=2)

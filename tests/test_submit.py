@@ -1,6 +1,7 @@
 """Submitting: the job's command line is what was typed, and what is wrong is said in one line before anything is sent."""
 
 import ast
+import importlib
 import json
 import os
 import re
@@ -18,13 +19,16 @@ from typing import Literal, get_origin
 
 import pytest
 import yaml
+from typer.main import get_command
 
-from cluster.command_line import PATH_OPTIONS, CommandLine, absolute_paths, command_line
+from cluster.cli import submit
+from cluster.command_line import COMMANDS, PATH_OPTIONS, CommandLine, absolute_paths, command_line
 from cluster.connection import reach
 from cluster.credentials import SECRET_OPTIONS, hidden, told_secret, told_secret_in
 from cluster.errors import SubmitError
 from cluster.job import _Log
 from cluster.packing import PACKAGES, runtime_environment
+from cxr_ray import console
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 HERE = Path("/work place")
@@ -292,16 +296,32 @@ def test_an_unknown_command_exits_with_2():
 
 def test_help_names_the_requirements_and_an_example():
     text = " ".join(run_submit("--help").stdout.replace("│", " ").split())
-    for said in ("--token-file", "cxr-ray submit --address http://head:8265", "shared storage", "same minor versions"):
+    for said in ("--token-file", "cxr-ray submit train --data /shared/nih", "shared storage", "same minor versions"):
         assert said in text
 
 
-def test_a_closed_port_is_named_at_once():
+def test_options_of_submit_are_taken_wherever_they_stand_and_no_command_has_such():
+    options = {option for parameter in get_command(submit).params for option in parameter.opts} - {"command"}
+    assert "--address" in options
+    for command in COMMANDS:
+        module, function = console.COMMANDS[command][0].split(":")
+        found = get_command(getattr(importlib.import_module(module), function))
+        for each in getattr(found, "commands", {command: found}).values():
+            assert not options & {option for parameter in each.params for option in parameter.opts}
+    done = run_submit("--adress", "http://head:8265", "train")
+    assert done.stderr == "cxr-ray: No such option: --adress ('cxr-ray submit --help' lists the options)\n"
+    done = run_submit("train", "--data", "x", "--num-cpus", "lots", "--out", "y")
+    assert "Invalid value for '--num-cpus'" in done.stderr
+
+
+@pytest.mark.parametrize("is_last", [False, True])
+def test_a_closed_port_is_named_at_once(is_last):
     with socket.socket() as unused:
         unused.bind(("127.0.0.1", 0))
         address = f"http://127.0.0.1:{unused.getsockname()[1]}"
         started = time.monotonic()
-        done = run_submit("--address", address, "train", "--data", "x", "--out", "y")
+        named, command = ["--address", address], ["train", "--data", "x", "--out", "y"]
+        done = run_submit(*(command + named if is_last else named + command))
     assert time.monotonic() - started < 15
     assert done.returncode == 1
     assert done.stdout == ""
