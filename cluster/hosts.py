@@ -144,6 +144,9 @@ def remove_network(network: Network) -> None:
     for host in network.hosts:
         with contextlib.suppress(SubmitError):
             _ip("netns", "delete", host.namespace)
+        # Goes with the namespace only when the last process in it has ended.
+        with contextlib.suppress(SubmitError):
+            _ip("link", "delete", host.link)
     with contextlib.suppress(SubmitError):
         _ip("link", "delete", f"cxr-{network.name}")
 

@@ -1,16 +1,20 @@
-"""The way that docs/cluster.md shows, command by command: two hosts with addresses of their own, a job on both, a bundle."""
+"""The ways that docs/cluster.md shows, command by command: two hosts with addresses of their own, a job on both, a bundle."""
 
 import os
 import re
+import shutil
+import signal
 import subprocess
 import sys
 from collections.abc import Iterator
+from contextlib import suppress
+from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
 from conftest import REPOSITORY
 
-from cluster.hosts import permitted
+from cluster.hosts import Host, make_network, permitted, remove_network
 from cluster.local import default_folder, find, take_down
 
 pytestmark = [pytest.mark.system, pytest.mark.cluster, pytest.mark.timeout(900)]
@@ -62,3 +66,72 @@ def test_every_command_of_the_page_does_what_it_says(nothing_left: None, tmp_pat
     assert not default_folder("dev").exists()
     namespaces = subprocess.run(["ip", "netns", "list"], capture_output=True, text=True, check=True).stdout
     assert "cxr-dev" not in namespaces
+
+
+SUBNET = "10.97.0.0/24"
+MOUNT = "/mnt/cxr"
+
+
+@dataclass(frozen=True)
+class Machine:
+    """Where a command of the page is typed: a host, or this machine, with a home folder of its own."""
+
+    home: Path
+    host: Host | None
+
+    @property
+    def token(self) -> Path:
+        return self.home / ".ray" / "auth_token"
+
+    def run(self, command: str) -> str:
+        kept = {name: value for name, value in os.environ.items() if not name.startswith("RAY_")}
+        environment = kept | {"HOME": str(self.home), "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"}
+        words = ["bash", "-c", command]
+        # Not pipes: Ray's processes outlive the command and would keep them open.
+        with (self.home / "said").open("w+") as said:
+            done = subprocess.run(
+                self.host.command(words) if self.host else words,
+                stdout=said,
+                stderr=subprocess.STDOUT,
+                env=environment | {"RAY_USAGE_STATS_ENABLED": "0"},
+                cwd=self.home,
+                timeout=200,
+                check=False,
+            )
+            said.seek(0)
+            answer = said.read()
+        assert done.returncode == 0, f"{command}\n{answer}"
+        return answer
+
+
+@pytest.fixture
+def machines(tmp_path: Path) -> Iterator[dict[str, Machine]]:
+    """Two hosts that know nothing of each other, and this machine, by the names that the page's prompts have."""
+    if reason := permitted():
+        pytest.skip(f"no hosts of their own can be made here: {reason}")
+    network = make_network("page", 2, SUBNET)
+    made = dict(zip(("head", "node", "desk"), (*network.hosts, None), strict=True))
+    try:
+        for name in made:
+            (tmp_path / name / ".ray").mkdir(parents=True)
+        yield {name: Machine(tmp_path / name, host) for name, host in made.items()}
+    finally:
+        for process in {process for host in network.hosts for process in host.processes()}:
+            with suppress(ProcessLookupError):
+                os.kill(process, signal.SIGKILL)
+        remove_network(network)
+
+
+def test_ray_started_by_hand_on_two_machines_takes_a_job(machines: dict[str, Machine], tmp_path: Path) -> None:
+    lines = re.findall(r"^(head|node|desk)\$ (.+)$", PAGE.read_text(encoding="utf-8"), flags=re.MULTILINE)
+    assert [name for name, _ in lines] == ["head", "head", "node", "head", "desk"]
+    said: dict[str, str] = {}
+    for name, command in lines:
+        said[command] = machines[name].run(command.replace(MOUNT, str(tmp_path / "mount")))
+        if "get-auth-token" in command:
+            for other in ("node", "desk"):
+                shutil.copy(machines["head"].token, machines[other].token)
+    *_, listed, submitted = said.values()
+    assert listed.count("ALIVE") == 2
+    assert "40 patients" in submitted
+    assert (tmp_path / "mount" / "release").is_dir()
