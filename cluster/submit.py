@@ -33,6 +33,8 @@ if TYPE_CHECKING:
 _SECONDS_TO_SHOW = 5.0
 _MARK = "cxr-ray-submission"
 _OF_IDS = string.ascii_letters + string.digits
+# They set a level of their own. Not their handlers': those may belong to the program that uses this module.
+_TALKATIVE = ("ray", "ray.dashboard.modules.dashboard_sdk", "ray.dashboard.modules.job.sdk")
 
 
 @dataclass(frozen=True)
@@ -61,8 +63,8 @@ def client_of(cluster: Cluster) -> "JobSubmissionClient":
     # Ray prefers this variable to the address that it is given.
     os.environ[ADDRESS_VARIABLE] = cluster.address
     # It also tells of every package and connection.
-    for handler in logging.getLogger("ray").handlers:
-        handler.setLevel(logging.ERROR)
+    for name in _TALKATIVE:
+        logging.getLogger(name).setLevel(logging.ERROR)
     try:
         verify = True if cluster.ca_file is None else str(cluster.ca_file)
         return JobSubmissionClient(cluster.address, headers=dict(cluster.headers), verify=verify)
