@@ -6,6 +6,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import tempfile
 from collections.abc import Iterator
 from contextlib import suppress
 from dataclasses import dataclass
@@ -85,7 +86,9 @@ class Machine:
 
     def run(self, command: str) -> str:
         kept = {name: value for name, value in os.environ.items() if not name.startswith("RAY_")}
-        environment = kept | {"HOME": str(self.home), "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"}
+        # Ray's own folder would tell what starts on this machine later of a cluster that is gone.
+        environment = kept | {"HOME": str(self.home), "RAY_TMPDIR": str(self.home), "RAY_USAGE_STATS_ENABLED": "0"}
+        environment["PATH"] = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
         words = ["bash", "-c", command]
         # Not pipes: Ray's processes outlive the command and would keep them open.
         with (self.home / "said").open("w+") as said:
@@ -93,7 +96,7 @@ class Machine:
                 self.host.command(words) if self.host else words,
                 stdout=said,
                 stderr=subprocess.STDOUT,
-                env=environment | {"RAY_USAGE_STATS_ENABLED": "0"},
+                env=environment,
                 cwd=self.home,
                 timeout=200,
                 check=False,
@@ -105,21 +108,24 @@ class Machine:
 
 
 @pytest.fixture
-def machines(tmp_path: Path) -> Iterator[dict[str, Machine]]:
+def machines() -> Iterator[dict[str, Machine]]:
     """Two hosts that know nothing of each other, and this machine, by the names that the page's prompts have."""
     if reason := permitted():
         pytest.skip(f"no hosts of their own can be made here: {reason}")
     network = make_network("page", 2, SUBNET)
+    # Short: sockets lie below it.
+    homes = Path(tempfile.mkdtemp(prefix="cxr-page-"))
     made = dict(zip(("head", "node", "desk"), (*network.hosts, None), strict=True))
     try:
         for name in made:
-            (tmp_path / name / ".ray").mkdir(parents=True)
-        yield {name: Machine(tmp_path / name, host) for name, host in made.items()}
+            (homes / name / ".ray").mkdir(parents=True)
+        yield {name: Machine(homes / name, host) for name, host in made.items()}
     finally:
         for process in {process for host in network.hosts for process in host.processes()}:
             with suppress(ProcessLookupError):
                 os.kill(process, signal.SIGKILL)
         remove_network(network)
+        shutil.rmtree(homes, ignore_errors=True)
 
 
 def test_ray_started_by_hand_on_two_machines_takes_a_job(machines: dict[str, Machine], tmp_path: Path) -> None:
