@@ -1,6 +1,7 @@
 """Whether probabilities mean what they say: calibration measures, and recalibration on a validation split.
 
-Sources: Platt 1999 (slope and intercept on the log-odds), Guo et al. 2017 (temperature).
+Sources: Platt 1999 (slope and intercept on the log-odds, and what is known of a class from so many images of it), Guo et al.
+2017 (temperature).
 """
 
 from dataclasses import dataclass
@@ -78,6 +79,10 @@ class Calibrator:
 def fit(probabilities: np.ndarray, labels: np.ndarray, method: Calibration) -> Calibrator:
     """The calibrator with the highest likelihood on one finding of a validation split.
 
+    Labels are those of Platt's section 2.2: of p positives and n negatives, (p + 1) / (p + 2) and 1 / (n + 2) instead of 1 and
+    0. Of a rare finding whose few positives are all told apart, the likelihood of 1 and 0 would grow with the slope for ever,
+    and probabilities of exactly 0 and 1 be the result.
+
     Parameters
     ----------
     probabilities, labels
@@ -89,14 +94,16 @@ def fit(probabilities: np.ndarray, labels: np.ndarray, method: Calibration) -> C
     truth = labels[known].astype(np.float64)
     if method == "none" or not 0 < truth.sum() < truth.size:
         return Calibrator()
+    positives = truth.sum()
+    aims = np.where(truth > 0, (positives + 1) / (positives + 2), 1 / (truth.size - positives + 2))
     odds = _log_odds(probabilities[known])
     design = odds[:, None] if method == "temperature" else np.stack([odds, np.ones_like(odds)], axis=1)
     weights = np.array([1.0, 0.0])[: design.shape[1]]
     for _ in range(_NEWTON_STEPS):
         predicted = _sigmoid(design @ weights)
-        gradient = design.T @ (predicted - truth)
+        gradient = design.T @ (predicted - aims)
         hessian = (design * (predicted * (1 - predicted))[:, None]).T @ design
-        # A ridge so small that it only matters where the classes can be told apart without error.
+        # A ridge so small that it only matters where all probabilities are the same.
         step = np.linalg.solve(hessian + 1e-6 * np.eye(len(weights)), gradient + 1e-6 * weights)
         weights = weights - np.clip(step, -1, 1)
         if np.abs(step).max() < 1e-10:

@@ -54,10 +54,19 @@ def test_nothing_known_has_no_error():
     assert np.isnan(reliability(np.full(5, 0.5), np.full(5, NAN)).expected_error)
 
 
+def aims(labels: np.ndarray) -> np.ndarray:
+    """Platt 1999, section 2.2."""
+    positives, negatives = (labels == 1).sum(), (labels == 0).sum()
+    return np.where(labels == 1, (positives + 1) / (positives + 2), 1 / (negatives + 2))
+
+
 def test_platt_is_logistic_regression_without_a_penalty():
+    """What lies between nought and one is, to scikit-learn, both with a weight."""
     probabilities, labels = drawn(4000, slope=0.5, intercept=-1.0)
     found = fit(probabilities, labels, "platt")
-    theirs = LogisticRegression(C=1e9, tol=1e-10).fit(logits(probabilities)[:, None], labels)
+    both = np.tile(logits(probabilities)[:, None], (2, 1))
+    weights = np.r_[aims(labels), 1 - aims(labels)]
+    theirs = LogisticRegression(C=1e9, tol=1e-10).fit(both, np.repeat([1, 0], 4000), sample_weight=weights)
     assert found.slope == pytest.approx(theirs.coef_[0, 0], rel=1e-4)
     assert found.intercept == pytest.approx(theirs.intercept_[0], rel=1e-4)
     assert (found.slope, found.intercept) == (pytest.approx(0.5, abs=0.1), pytest.approx(-1, abs=0.2))
@@ -91,7 +100,18 @@ def test_classes_that_are_told_apart_without_error_give_a_finite_calibrator():
     probabilities = np.r_[np.full(20, 0.1), np.full(20, 0.9)]
     found = fit(probabilities, np.r_[np.zeros(20), np.ones(20)], "platt")
     assert np.isfinite([found.slope, found.intercept]).all()
-    assert found.slope > 1
+    # As far apart as twenty images of each can show.
+    assert found(np.array([0.1, 0.9])) == pytest.approx([1 / 22, 21 / 22], abs=1e-4)
+
+
+def test_few_positives_that_are_all_told_apart_keep_the_order_of_the_others():
+    rng = np.random.default_rng(0)
+    probabilities = np.r_[rng.uniform(0.01, 0.4, 200), rng.uniform(0.6, 0.9, 3)]
+    labels = np.r_[np.zeros(200), np.ones(3)]
+    for method in ("platt", "temperature"):
+        changed = fit(probabilities, labels, method)(np.linspace(0.001, 0.999, 999).astype(np.float32))
+        assert (np.diff(changed) > 0).all()
+        assert 0 < changed[0] < changed[-1] < 1
 
 
 def test_probabilities_of_nought_and_one_stay_finite():
