@@ -222,7 +222,7 @@ class PhantomRun:
 
 @pytest.fixture(scope="session")
 def phantom_run(ray_cluster: None, tmp_path_factory: pytest.TempPathFactory) -> PhantomRun:
-    """300 made-up patients, drawn, ingested and trained on for a few epochs by two workers: two minutes."""
+    """200 made-up patients, drawn, ingested and trained on for a few epochs by two workers: a minute."""
     from cxr_ray.distributed import train
     from cxr_ray.train_events import TrainEvent
     from cxr_ray.train_settings import TrainSettings
@@ -231,7 +231,7 @@ def phantom_run(ray_cluster: None, tmp_path_factory: pytest.TempPathFactory) -> 
 
     root = tmp_path_factory.mktemp("phantoms")
     release, dataset, run = root / "release", root / "dataset", root / "run"
-    make_release(PhantomSettings(out=str(release), patients=300))
+    make_release(PhantomSettings(out=str(release), patients=200, size=2 * SIZE))
     ingest_nih(NihSettings(release=str(release), out=str(dataset), size=SIZE))
     events: list[TrainEvent] = []
     train(TrainSettings(data=str(dataset), out=str(run), workers=2, epochs=PHANTOM_EPOCHS), events.append)
