@@ -7,12 +7,13 @@ PEERS := chromium dcmtk default-jre-headless dicom3tools docker-compose faketime
 STAMP := $(VENV)/.installed
 export RAY_USAGE_STATS_ENABLED := 0
 
-.PHONY: help install peers demo test test-cluster lint clean bench-ingest bench-train bench-scores bench-store bench-serve bench-node fuzz-node chaos
+.PHONY: help install peers demo test test-long test-cluster lint clean bench-ingest bench-train bench-scores bench-store bench-serve bench-node fuzz-node chaos
 
 help:
 	@echo "make install   create $(VENV) and install cxr-ray into it"
 	@echo "make demo      the whole way on synthetic radiographs (SERVE=1 leaves the service up)"
-	@echo "make test      lint, types and all tests, with real peers where they can be installed"
+	@echo "make test      lint, types and tests, with real peers where they can be installed; under 25 minutes on 2 cores"
+	@echo "make test-long the tests of half a minute each: more presets, searches, fronts and kills; about 8 minutes on 2 cores"
 	@echo "make test-cluster   several Ray nodes, also on hosts of their own, cut off, killed and drained; about 25 minutes on 2 cores"
 	@echo "make lint      ruff and mypy only"
 	@echo "make bench-ingest   speed and memory of ingest beside a pool of processes; about 40 minutes on 2 cores"
@@ -43,6 +44,9 @@ demo: install
 
 test: install peers lint
 	$(BIN)/python -m pytest --durations 20
+
+test-long: install peers
+	$(BIN)/python -m pytest -m long
 
 test-cluster: install peers
 	$(BIN)/python -m pytest -m cluster

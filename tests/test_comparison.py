@@ -491,6 +491,7 @@ def test_runs_with_other_settings_are_refused(metadata, tmp_path):
 
 
 @pytest.mark.ray
+@pytest.mark.long
 def test_a_comparison_trains_what_is_left_to_train_and_scores_everything(metadata, given_bundle, tmp_path):
     out = tmp_path / "out"
     asked = settings(data=str(metadata), out=str(out), epochs=1, bundles=given_bundle, resamples=RESAMPLES)

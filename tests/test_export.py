@@ -24,7 +24,7 @@ from cxr_ray.probe import TOLERANCE
 from cxr_ray.torch_engine import TorchEngine
 
 # Light ones: films and patients, films alone, patients alone.
-KINDS = ["baltruschat2018", "wang2017", "clinical"]
+KINDS = [pytest.param("baltruschat2018", marks=pytest.mark.long), "wang2017", "clinical"]
 
 
 def of(name: str, variant: int = 0, input_size: int = SIZE) -> Bundle:

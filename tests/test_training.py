@@ -336,6 +336,7 @@ def test_precision_is_what_the_processor_has():
     assert choose_precision("auto", cpu) == ("bf16" if capable else "float32")
 
 
+@pytest.mark.long
 def test_a_compiled_network_takes_the_same_step():
     import shutil
 

@@ -98,6 +98,7 @@ def everything(out: Path) -> dict[str, tuple[bytes, int]]:
     return {str(path): (path.read_bytes(), path.stat().st_mtime_ns) for path in sorted(out.rglob("*")) if path.is_file()}
 
 
+@pytest.mark.long
 def test_three_kills_change_no_row(release: Path, tmp_path: Path) -> None:
     random = np.random.default_rng(20)
     whole, cut = tmp_path / "whole", tmp_path / "cut"

@@ -74,6 +74,7 @@ def test_an_archive_of_dicom_files_and_zips(ray_cluster, bucket, real_data, tmp_
     assert len(image_ids(bucket("out/dicom"))) == 2
 
 
+@pytest.mark.long
 def test_a_run_reads_its_dataset_from_there_and_leaves_everything_there(ray_cluster, bucket, tmp_path, capfd):
     make_release(PhantomSettings(out=str(tmp_path / "release"), patients=15, size=64))
     ingest_nih(NihSettings(release=str(tmp_path / "release"), out=bucket("out/phantoms"), size=32))

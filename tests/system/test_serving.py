@@ -211,6 +211,7 @@ def test_tls_tokens_roles_and_a_bundle_replaced_under_load(
     store.close()
 
 
+@pytest.mark.long
 def test_haproxy_and_the_shadow(
     untrained_bundle: Path, other_bundle: Path, free_port: Callable[[], int], tmp_path: Path
 ) -> None:
@@ -267,6 +268,7 @@ def watched_from_outside(running: Serving, client: httpx.Client, metrics_port: i
     until(shown, "the metrics")
 
 
+@pytest.mark.long
 def test_serves_own_tools_run_the_written_configuration(
     untrained_bundle: Path, free_port: Callable[[], int], tmp_path: Path
 ) -> None:

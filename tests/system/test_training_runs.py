@@ -68,6 +68,7 @@ def assert_whole(out: Path, preset: str, data: Path) -> None:
 
 # The others are trained by two workers elsewhere: multi-input in the session's phantom run, baltruschat2018 on real films,
 # chexnet from an S3 server's dataset, beyond, clinical and guendel2018 below.
+@pytest.mark.long
 @pytest.mark.parametrize("preset", ["wang2017", "yao2017"])
 def test_presets_are_trained_by_two_workers_and_score(few: Path, tmp_path: Path, preset: str) -> None:
     events = trained(few, tmp_path / "run", preset=preset, epochs=1, batch_size=32, accumulate=1)
@@ -141,6 +142,7 @@ def test_the_bundle_holds_the_averaged_weights_that_were_validated(
     assert scored.scores.auroc.value == pytest.approx(best.val_auc, abs=2e-3)
 
 
+@pytest.mark.long
 def test_patience_ends_a_run_early_with_a_bundle(few: Path, tmp_path: Path) -> None:
     chosen = dict(preset="guendel2018", epochs=30, batch_size=32, accumulate=1, learning_rate=1e-14, patience=2)
     events = trained(few, tmp_path / "run", **chosen)
@@ -150,6 +152,7 @@ def test_patience_ends_a_run_early_with_a_bundle(few: Path, tmp_path: Path) -> N
     assert_whole(tmp_path / "run", "guendel2018", few)
 
 
+@pytest.mark.long
 def test_a_loss_that_is_no_number_ends_the_run_and_names_the_images(few: Path, tmp_path: Path) -> None:
     with pytest.raises(
         CxrRayError, match=r"the loss is no finite number in epoch 1, at a batch with .*; look at these"
@@ -172,6 +175,7 @@ def test_a_loss_that_is_no_number_ends_the_run_and_names_the_images(few: Path, t
     assert not (tmp_path / "run" / BUNDLE).exists()
 
 
+@pytest.mark.long
 def test_a_search_stops_poor_trials_and_keeps_the_best_settings(few: Path, tmp_path: Path) -> None:
     settings = TuneSettings(
         **{"data": str(few), "out": str(tmp_path / "search"), "preset": "clinical", "batch_size": 4, "epochs": 2},
