@@ -13,7 +13,7 @@ help:
 	@echo "make install   create $(VENV) and install cxr-ray into it"
 	@echo "make demo      the whole way on synthetic radiographs (SERVE=1 leaves the service up)"
 	@echo "make test      lint, types and tests, with real peers where they can be installed; under 25 minutes on 2 cores"
-	@echo "make test-long the tests of half a minute each: more presets, searches, fronts and kills; about 8 minutes on 2 cores"
+	@echo "make test-long the tests of half a minute each: more presets, searches, fronts and kills; about 9 minutes on 2 cores"
 	@echo "make test-cluster   several Ray nodes, also on hosts of their own, cut off, killed and drained; about 35 minutes on 2 cores"
 	@echo "make lint      ruff and mypy only"
 	@echo "make bench-ingest   speed and memory of ingest beside a pool of processes; about 40 minutes on 2 cores"
