@@ -280,8 +280,7 @@ def test_a_server_that_is_not_there_is_named_at_once(tmp_path, uri, capfd):
     started = time.monotonic()
     with pytest.raises(CxrRayError) as caught:
         Mlflow(uri, "x").start(settings_for(tmp_path, mlflow=uri), 1)
-    # MLflow's own client would try for two minutes.
-    assert time.monotonic() - started < 30
+    assert time.monotonic() - started < 5
     assert re.fullmatch(
         r"--mlflow http://127\.0\.0\.1:9: cannot be used \(\[Errno 111\] Connection refused\); "
         "start the server, mend the URI, or leave out --mlflow",
@@ -307,7 +306,7 @@ def test_the_user_sets_how_long_a_server_is_waited_for(tmp_path, monkeypatch):
         started = time.monotonic()
         with pytest.raises(CxrRayError, match="timed out"):
             Mlflow(f"http://127.0.0.1:{silent.getsockname()[1]}", "x").start(settings_for(tmp_path), 1)
-        assert time.monotonic() - started < 10
+        assert time.monotonic() - started < 4
 
 
 @pytest.fixture(scope="module")
@@ -512,7 +511,7 @@ def test_a_server_that_stays_away_ends_nothing_and_what_it_lacks_is_told(server,
     tracker.epoch(epoch(2))
     tracker.finish({"val_auc": 0.5}, None, None)
     # Not a request an event: 199 of them would each wait for a connection.
-    assert time.monotonic() - started < 30
+    assert time.monotonic() - started < 5
     gone, missing = said
     assert gone.startswith(f"MLflow at {relay.uri} does not answer (")
     run_id = run_id_of(tmp_path)
