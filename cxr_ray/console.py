@@ -7,6 +7,10 @@ function as text, and nothing is imported before it is called.
 import importlib
 import os
 import sys
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    import typer
 
 COMMANDS: dict[str, tuple[str, str]] = {
     "demo": ("serve.cli:demo", "The whole way on synthetic radiographs: ingest, train, evaluate, serve, C-STORE"),
@@ -70,6 +74,13 @@ def _check(arguments: list[str]) -> None:
         sys.stdout.write(f"{arguments[0]}: options and settings are valid\n")
 
 
+def command_app(name: str) -> "typer.Typer":
+    """Load the Typer application of a command."""
+    module, function = COMMANDS[name][0].split(":")
+    app: typer.Typer = getattr(importlib.import_module(module), function)
+    return app
+
+
 def _call(name: str, arguments: list[str]) -> None:
     import typer  # noqa: PLC0415
 
@@ -77,8 +88,7 @@ def _call(name: str, arguments: list[str]) -> None:
 
     # The base of all complaints about options and arguments, under whichever name this Typer keeps its Click.
     bad_usage: type[Exception] = typer.BadParameter.__mro__[1]
-    module, function = COMMANDS[name][0].split(":")
-    app = getattr(importlib.import_module(module), function)
+    app = command_app(name)
     try:
         raise SystemExit(app(args=arguments, prog_name=f"cxr-ray {name}", standalone_mode=False))
     except bad_usage as error:

@@ -1,6 +1,5 @@
 """docs/operations.md: the commands that it names are run where they can be; the others at least take their arguments."""
 
-import importlib
 import re
 import shlex
 from dataclasses import dataclass
@@ -13,7 +12,7 @@ from manifests import CLUSTER, KUBERAY, REPOSITORY, documents
 from ray.serve.scripts import cli as serve_command
 from result_peers import dead_instance, parcel
 
-from cxr_ray.console import COMMANDS
+from cxr_ray.console import command_app
 from cxr_ray.settings import load_settings
 from serve.node.node import ListenSettings
 from serve.node.outbox import Outbox
@@ -55,11 +54,6 @@ ALL = _commands()
 OURS = [command for command in ALL if command.words[0] == "cxr-ray"]
 
 
-def app(words: list[str]) -> typer.Typer:
-    module, function = COMMANDS[words[1]][0].split(":")
-    return getattr(importlib.import_module(module), function)
-
-
 def parse(words: list[str], command: object) -> None:
     """Take the arguments as the command would, group by group, and stop before it runs."""
     name, *arguments = words
@@ -71,7 +65,7 @@ def parse(words: list[str], command: object) -> None:
 
 
 def run(words: list[str]) -> None:
-    app(words)(args=words[2:], prog_name=" ".join(words[:2]), standalone_mode=False)
+    command_app(words[1])(args=words[2:], prog_name=" ".join(words[:2]), standalone_mode=False)
 
 
 def test_the_page_names_commands() -> None:
@@ -81,14 +75,14 @@ def test_the_page_names_commands() -> None:
 
 @pytest.mark.parametrize("command", OURS, ids=lambda command: command.text)
 def test_each_command_takes_what_it_is_given(command: Command) -> None:
-    parse(command.words[1:], typer.main.get_command(app(command.words)))
+    parse(command.words[1:], typer.main.get_command(command_app(command.words[1])))
 
 
 def test_arguments_that_a_command_does_not_take_are_noticed() -> None:
     for text in ("cxr-ray deadletter list --all", "cxr-ray jobs logs", "cxr-ray bundle verfiy x", "cxr-ray token add NAME"):
         words = shlex.split(text)
         with pytest.raises(typer.BadParameter.__mro__[1]):
-            parse(words[1:], typer.main.get_command(app(words)))
+            parse(words[1:], typer.main.get_command(command_app(words[1])))
 
 
 def test_commands_of_serve_are_those_that_it_has() -> None:

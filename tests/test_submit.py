@@ -1,7 +1,6 @@
 """Submitting: the job's command line is what was typed, and what is wrong is said in one line before anything is sent."""
 
 import ast
-import importlib
 import json
 import os
 import re
@@ -28,7 +27,7 @@ from cluster.credentials import SECRET_OPTIONS, hidden, told_secret, told_secret
 from cluster.errors import SubmitError
 from cluster.job import _Log
 from cluster.packing import PACKAGES, runtime_environment
-from cxr_ray import console
+from cxr_ray.console import command_app
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 HERE = Path("/work place")
@@ -304,8 +303,7 @@ def test_options_of_submit_are_taken_wherever_they_stand_and_no_command_has_such
     options = {option for parameter in get_command(submit).params for option in parameter.opts} - {"command"}
     assert "--address" in options
     for command in COMMANDS:
-        module, function = console.COMMANDS[command][0].split(":")
-        found = get_command(getattr(importlib.import_module(module), function))
+        found = get_command(command_app(command))
         for each in getattr(found, "commands", {command: found}).values():
             assert not options & {option for parameter in each.params for option in parameter.opts}
     done = run_submit("--adress", "http://head:8265", "train")
