@@ -12,7 +12,7 @@ import shlex
 import ssl
 import sys
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -30,7 +30,7 @@ _SECONDS_TO_ANSWER = 5.0
 
 @dataclass(frozen=True)
 class Cluster:
-    """A cluster that answered and runs our versions.
+    """A cluster; from `reach`, one that answered and runs our versions.
 
     Attributes
     ----------
@@ -68,7 +68,15 @@ class Cluster:
         SubmitError
             If its certificate is not trusted.
         """
-        return _ask(self.address, path, self.headers, self.ca_file, method=method, body=body, seconds=seconds)
+        url, headers = f"{self.address}{path}", dict(self.headers)
+        try:
+            trusted = True if self.ca_file is None else ssl.create_default_context(cafile=self.ca_file)
+            return httpx.request(method, url, headers=headers, json=body, timeout=seconds, verify=trusted)
+        except (httpx.HTTPError, httpx.InvalidURL) as error:
+            raise untrusted(self.address, error) or Unreachable(
+                f"{self.address}: no answer ({error or type(error).__name__}); start the cluster, or give the URL of its "
+                "dashboard with --address (port 8265 of the head node unless set otherwise)"
+            ) from None
 
     @property
     def options(self) -> str:
@@ -103,21 +111,18 @@ def reach(address: str | None, token_file: Path | None, ca_file: Path | None = N
     address = (address or os.environ.get(ADDRESS_VARIABLE) or DEFAULT_ADDRESS).rstrip("/")
     if not address.startswith(("http://", "https://")):
         raise SubmitError(f"--address {address}: is no http:// or https:// URL; give the dashboard's, as {DEFAULT_ADDRESS}", 2)
-    ca_file = _authorities(ca_file)
-    headers: dict[str, str] = {}
-    used_file = None
-    answer = _ask(address, "/api/version", headers, ca_file)
+    cluster = Cluster(address, {}, ca_file=_authorities(ca_file))
+    answer = cluster.ask("/api/version")
     if answer.status_code == httpx.codes.UNAUTHORIZED:
         token, origin = _token(token_file, address)
-        headers = {"Authorization": f"Bearer {token}"}
-        used_file = None if token_file is None else token_file.absolute()
-        answer = _ask(address, "/api/version", headers, ca_file)
+        named = None if token_file is None else token_file.absolute()
+        cluster = replace(cluster, headers={"Authorization": f"Bearer {token}"}, token_file=named)
+        answer = cluster.ask("/api/version")
         if answer.status_code in (httpx.codes.UNAUTHORIZED, httpx.codes.FORBIDDEN):
             raise SubmitError(f"{address}: refuses the token from {origin}; give the cluster's own with --token-file")
     _check_ray(address, _field(answer, "ray_version"))
-    metadata = _ask(address, "/api/v0/cluster_metadata", headers, ca_file)
-    _check_python(address, _field(metadata, "data", "pythonVersion"))
-    return Cluster(address, headers, used_file, ca_file)
+    _check_python(address, _field(cluster.ask("/api/v0/cluster_metadata"), "data", "pythonVersion"))
+    return cluster
 
 
 def untrusted(address: str, error: BaseException) -> SubmitError | None:
@@ -137,26 +142,6 @@ def untrusted(address: str, error: BaseException) -> SubmitError | None:
         else f"give the file with the authority that it comes from with --ca-file or {CA_VARIABLE}"
     )
     return SubmitError(f"{address}: its certificate is not trusted ({reason}); {remedy}")
-
-
-def _ask(
-    address: str,
-    path: str,
-    headers: Mapping[str, str],
-    ca_file: Path | None,
-    *,
-    method: str = "GET",
-    body: Mapping[str, Any] | None = None,
-    seconds: float = _SECONDS_TO_ANSWER,
-) -> httpx.Response:
-    try:
-        trusted = True if ca_file is None else ssl.create_default_context(cafile=ca_file)
-        return httpx.request(method, f"{address}{path}", headers=dict(headers), json=body, timeout=seconds, verify=trusted)
-    except (httpx.HTTPError, httpx.InvalidURL) as error:
-        raise untrusted(address, error) or Unreachable(
-            f"{address}: no answer ({error or type(error).__name__}); start the cluster, or give the URL of its dashboard "
-            "with --address (port 8265 of the head node unless set otherwise)"
-        ) from None
 
 
 def _authorities(ca_file: Path | None) -> Path | None:
