@@ -58,6 +58,7 @@ from serve.node.storage import (
 from serve.spooled_intake import SpooledIntake
 
 CONTEXTS = ((1, CR, EXPLICIT), (3, VERIFICATION, IMPLICIT))
+FOR_DEFLATED = (5, CR, DEFLATED)
 
 
 @pytest.fixture
@@ -82,23 +83,16 @@ def listen(spool: Spool):
         listener.stop()
 
 
-def associated(listener: Listener, timeout: float = 30) -> Wire:
-    return associated_at(listener.port, timeout)
-
-
-def associated_at(port: int, timeout: float = 30) -> Wire:
-    wire = Wire(port, timeout).send(request(*CONTEXTS))
+def associated(port: int, *more: tuple[int, str, str], timeout: float = 30) -> Wire:
+    """An association of the usual presentation contexts, and of `more`."""
+    wire = Wire(port, timeout).send(request(*CONTEXTS, *more))
     kind, _ = wire.read()
     assert kind == 2
     return wire
 
 
-def honest_store(listener: Listener) -> None:
-    honest_store_at(listener.port)
-
-
-def honest_store_at(port: int) -> None:
-    with associated_at(port) as wire:
+def honest_store(port: int) -> None:
+    with associated(port) as wire:
         assert wire.send(*store_pdus(instance())).status() == 0x0000
         assert wire.send(RELEASE).read()[0] == 6
 
@@ -142,8 +136,8 @@ MESSAGES = {
 @pytest.mark.parametrize("message", MESSAGES.values(), ids=MESSAGES.keys())
 def test_broken_messages_end_their_association_and_no_other(listen, spool: Spool, message: bytes) -> None:
     listener = listen()
-    with associated(listener) as witness:
-        with associated(listener) as wire:
+    with associated(listener.port) as witness:
+        with associated(listener.port) as wire:
             wire.send(message)
             kind, body = wire.read()
             # A-ABORT by the service provider.
@@ -183,7 +177,7 @@ def test_broken_requests_are_aborted(listen, spool: Spool, words: bytes) -> None
             wire.send(words)
         assert wire.read()[0] in (0, 7)
         assert wire.ends()
-    honest_store(listener)
+    honest_store(listener.port)
     until(lambda: outcome(listener, "protocol error") == 1, "the count")
 
 
@@ -191,7 +185,7 @@ def test_contexts_have_a_limit(listen) -> None:
     listener = listen(max_contexts=3)
     with Wire(listener.port) as wire:
         assert wire.send(request(*((number, CR, EXPLICIT) for number in (1, 3, 5, 7)))).read()[0] == 7
-    honest_store(listener)
+    honest_store(listener.port)
 
 
 @pytest.mark.parametrize(
@@ -215,7 +209,7 @@ def test_rejections_say_why(listen, wrong: dict, expected: bytes) -> None:
 )
 def test_uids_that_are_none_get_no_file(listen, spool: Spool, uid: str) -> None:
     before = sorted(path.name for path in spool.root.parent.iterdir())
-    with associated(listen()) as wire:
+    with associated(listen().port) as wire:
         status = wire.send(p_data(pdv(1, 3, store_command(uid))), p_data(pdv(1, 2, DATA))).status()
         assert status == NO_INSTANCE_UID
         assert wire.send(*store_pdus(instance())).status() == 0x0000
@@ -244,7 +238,7 @@ def nested(depth: int) -> bytes:
 def test_data_sets_that_are_none_are_refused_and_the_association_goes_on(
     listen, spool: Spool, data: bytes, statuses: set[int]
 ) -> None:
-    with associated(listen()) as wire:
+    with associated(listen().port) as wire:
         parts = [data[start : start + 8000] for start in range(0, len(data), 8000)] or [b""]
         wire.send(p_data(pdv(1, 3, store_command(UID))))
         for number, part in enumerate(parts, 1):
@@ -271,12 +265,6 @@ def deflated_store(uid: str, data: bytes) -> bytes:
     return sent + b"".join(p_data(pdv(5, 2 if part is parts[-1] else 0, part)) for part in parts)
 
 
-def associated_deflated(port: int) -> Wire:
-    wire = Wire(port).send(request(*CONTEXTS, (5, CR, DEFLATED)))
-    assert wire.read()[0] == 2
-    return wire
-
-
 def peak_mib(pid: int) -> float:
     status = Path(f"/proc/{pid}/status").read_text()
     return int(status.partition("VmHWM:")[2].split()[0]) / 1024
@@ -294,7 +282,7 @@ def test_a_deflate_bomb_is_refused_in_constant_memory(tmp_path: Path) -> None:
     assert len(bomb) < 2_000_000
     spool = Spool(tmp_path / "spool")
     settings = json.dumps({"port": 0, "min_free_bytes": 0})
-    with listener_process(spool.root, settings) as (process, port), associated_deflated(port) as wire:
+    with listener_process(spool.root, settings) as (process, port), associated(port, FOR_DEFLATED) as wire:
         assert wire.send(deflated_store(UID, deflated(DATA))).status() == 0x0000
         before = peak_mib(process.pid)
         for _ in range(3):
@@ -308,10 +296,10 @@ def test_a_deflate_bomb_is_refused_in_constant_memory(tmp_path: Path) -> None:
 
 def test_a_data_set_may_inflate_to_what_may_be_sent(listen, spool: Spool) -> None:
     data, most = deflated(DATA, mebibytes=1), len(DATA) + (1 << 20)
-    with associated_deflated(listen(max_object_bytes=most - 1).port) as wire:
+    with associated(listen(max_object_bytes=most - 1).port, FOR_DEFLATED) as wire:
         assert wire.send(deflated_store(UID, data)).status() == INFLATES_TOO_FAR
     assert spool.pending() == []
-    with associated_deflated(listen(max_object_bytes=most).port) as wire:
+    with associated(listen(max_object_bytes=most).port, FOR_DEFLATED) as wire:
         assert wire.send(deflated_store(UID, data)).status() == 0x0000
 
 
@@ -338,7 +326,7 @@ def test_a_deflate_bomb_in_a_file_over_http_is_refused_too(spool: Spool, listen)
 
 @pytest.mark.parametrize("data", [deflated(DATA)[:-8], deflated(DATA)[:-800] + b"\xff" * 800], ids=["cut off", "damaged"])
 def test_what_cannot_be_inflated_is_not_promised(listen, spool: Spool, data: bytes) -> None:
-    with associated_deflated(listen().port) as wire:
+    with associated(listen().port, FOR_DEFLATED) as wire:
         assert wire.send(deflated_store(UID, data)).status() == CANNOT_UNDERSTAND
         assert wire.send(deflated_store(UID, deflated(DATA))).status() == 0x0000
     assert len(spool.pending()) == 1
@@ -352,7 +340,7 @@ def test_what_fails_here_is_no_verdict_on_the_instance(listen, spool: Spool, mon
 
     listener = listen()
     monkeypatch.setattr(spool, "keep", failing)
-    with associated(listener) as wire:
+    with associated(listener.port) as wire:
         for _ in range(20):
             assert wire.send(*store_pdus(instance())).status() == PROCESSING_FAILURE
         with pytest.raises(StoreRefused) as refused:
@@ -367,7 +355,7 @@ def test_what_fails_here_is_no_verdict_on_the_instance(listen, spool: Spool, mon
 
 
 def test_refusals_do_not_fill_the_log(listen, caplog) -> None:
-    with associated(listen()) as wire:
+    with associated(listen().port) as wire:
         for _ in range(50):
             assert wire.send(p_data(pdv(1, 3, store_command("x"))), p_data(pdv(1, 2, DATA))).status() == NO_INSTANCE_UID
             assert wire.send(p_data(pdv(1, 3, store_command("1.9"))), p_data(pdv(1, 2, DATA))).status() == NOT_THE_SOP_CLASS
@@ -378,7 +366,7 @@ def test_refusals_do_not_fill_the_log(listen, caplog) -> None:
 def test_messages_in_single_bytes_and_in_one_piece_are_the_same(listen, spool: Spool) -> None:
     content = instance()
     stream = b"".join(store_pdus(content, fragment=3))
-    with associated(listen()) as wire:
+    with associated(listen().port) as wire:
         assert wire.send(stream).status() == 0x0000
         for byte in (content_bytes := b"".join(store_pdus(content))):
             wire.socket.sendall(bytes((byte,)))
@@ -392,7 +380,7 @@ def test_messages_in_single_bytes_and_in_one_piece_are_the_same(listen, spool: S
 
 def test_operations_that_are_not_offered_are_answered_so(listen) -> None:
     find = command(sop_class=CR, field=0x0020, message=1, priority=0, data=0)
-    with associated(listen()) as wire:
+    with associated(listen().port) as wire:
         assert wire.send(p_data(pdv(1, 3, find)), p_data(pdv(1, 2, bytes(100)))).status() == 0x0211
         assert wire.send(p_data(pdv(3, 3, store_command(UID))), p_data(pdv(3, 2, DATA))).status() == 0x0211
         # A cancel that comes too late has no answer.
@@ -403,7 +391,7 @@ def test_operations_that_are_not_offered_are_answered_so(listen) -> None:
 def test_abort_within_a_data_set_leaves_nothing(listen, spool: Spool) -> None:
     listener = listen()
     for last_word in (pdu(7, bytes(4)), b""):
-        with associated(listener) as wire:
+        with associated(listener.port) as wire:
             first, second, *_ = store_pdus(instance(), fragment=1000)
             wire.send(first, second, last_word)
     until(lambda: nothing_left(listener, spool), "the end of both")
@@ -425,15 +413,15 @@ def test_dripping_does_not_renew_a_deadline(listen, spool: Spool) -> None:
     # A request, then a PDU within an association: ten bytes a second would take minutes.
     with Wire(listener.port) as wire:
         assert drip(wire, request(*CONTEXTS)) < 15
-    with associated(listener) as wire:
+    with associated(listener.port) as wire:
         assert drip(wire, p_data(pdv(1, 3, store_command(UID)))) < 15
     until(lambda: outcome(listener, "timed out") == 1, "the time-out")
-    honest_store(listener)
+    honest_store(listener.port)
 
 
 def test_message_has_a_deadline_of_its_own(listen, spool: Spool) -> None:
     listener = listen(message_timeout_seconds=1)
-    with associated(listener) as wire:
+    with associated(listener.port) as wire:
         wire.send(p_data(pdv(1, 3, store_command(UID))))
         with suppress(OSError):
             for _ in range(100):
@@ -465,7 +453,7 @@ def test_500_connections_that_drip_hold_up_nobody(listen, spool: Spool) -> None:
         dripping = threading.Thread(target=drip)
         dripping.start()
         for _ in range(20):
-            honest_store(listener)
+            honest_store(listener.port)
         assert listener._connections.pending <= 64
         stop.set()
         dripping.join()
@@ -480,10 +468,10 @@ def test_500_connections_that_drip_hold_up_nobody(listen, spool: Spool) -> None:
 
 def test_idle_associations_give_their_places_back(listen) -> None:
     listener = listen(max_associations=2, network_timeout_seconds=1)
-    with associated(listener), associated(listener), Wire(listener.port) as third:
+    with associated(listener.port), associated(listener.port), Wire(listener.port) as third:
         assert third.send(request(*CONTEXTS)).read() == (3, b"\x00\x02\x03\x02")
         until(lambda: outcome(listener, "timed out") == 2, "the time-outs")
-        honest_store(listener)
+        honest_store(listener.port)
 
 
 @pytest.fixture(scope="session")
@@ -537,7 +525,7 @@ def test_plain_text_to_the_tls_port_and_back_is_closed_and_told_once(listen, cer
         until(lambda: outcome(plain, "wrong transport") == 3, "the other three")
     assert caplog.text.count("it speaks plain text, this port TLS") == 1
     assert caplog.text.count("it speaks TLS, this port plain text") == 1
-    honest_store(plain)
+    honest_store(plain.port)
 
 
 def test_mutual_tls_lets_in_whom_the_authority_vouches_for(listen, certificates) -> None:
@@ -570,7 +558,7 @@ def test_old_tls_is_not_spoken(listen, certificates) -> None:
 
 def test_stop_aborts_what_does_not_end(listen) -> None:
     listener = listen(drain_seconds=0.2)
-    with associated(listener) as wire, Wire(listener.port) as silent:
+    with associated(listener.port) as wire, Wire(listener.port) as silent:
         wire.send(store_pdus(instance())[0])
         stopped = threading.Thread(target=listener.stop)
         stopped.start()
@@ -585,7 +573,7 @@ def test_stop_aborts_what_does_not_end(listen) -> None:
 
 def test_stop_lets_a_store_end(listen, spool: Spool) -> None:
     listener = listen(drain_seconds=30)
-    with associated(listener) as wire:
+    with associated(listener.port) as wire:
         first, *rest = store_pdus(instance(), fragment=1000)
         wire.send(first)
         stopped = threading.Thread(target=listener.stop)
@@ -608,5 +596,5 @@ def test_flood_of_connections_leaves_no_descriptor_and_no_thread(spool: Spool) -
         for _ in range(2):
             with ThreadPoolExecutor(8) as pool:
                 list(pool.map(lambda _: Wire(port).send(b"\x01").socket.close(), range(300)))
-            honest_store_at(port)
+            honest_store(port)
             until(lambda: counted(listener.pid) == idle, "as few descriptors and threads as before")

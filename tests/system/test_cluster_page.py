@@ -35,14 +35,19 @@ def nothing_left() -> Iterator[None]:
         take_down(find(folder))
 
 
+def clean_environment() -> dict[str, str]:
+    """That of a shell in which the commands are found and nothing of Ray is set."""
+    kept = {name: value for name, value in os.environ.items() if not name.startswith("RAY_")}
+    return kept | {"PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"}
+
+
 def commands() -> list[str]:
     blocks = re.findall(r"```sh\n(.*?)```", PAGE.read_text(encoding="utf-8"), flags=re.DOTALL)
     return [line for block in blocks for line in block.strip().splitlines()]
 
 
 def test_every_command_of_the_page_does_what_it_says(nothing_left: None, tmp_path: Path) -> None:
-    environment = {name: value for name, value in os.environ.items() if not name.startswith("RAY_")}
-    environment |= {"PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}", "COLUMNS": "80"}
+    environment = clean_environment() | {"COLUMNS": "80"}
     said: dict[str, str] = {}
     for command in commands():
         if exported := re.fullmatch(r"export (\w+)=(\S+)", command):
@@ -85,10 +90,8 @@ class Machine:
         return self.home / ".ray" / "auth_token"
 
     def run(self, command: str) -> str:
-        kept = {name: value for name, value in os.environ.items() if not name.startswith("RAY_")}
         # Ray's own folder would tell what starts on this machine later of a cluster that is gone.
-        environment = kept | {"HOME": str(self.home), "RAY_TMPDIR": str(self.home), "RAY_USAGE_STATS_ENABLED": "0"}
-        environment["PATH"] = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
+        own = {"HOME": str(self.home), "RAY_TMPDIR": str(self.home), "RAY_USAGE_STATS_ENABLED": "0"}
         words = ["bash", "-c", command]
         # Not pipes: Ray's processes outlive the command and would keep them open.
         with (self.home / "said").open("w+") as said:
@@ -96,7 +99,7 @@ class Machine:
                 self.host.command(words) if self.host else words,
                 stdout=said,
                 stderr=subprocess.STDOUT,
-                env=environment,
+                env=clean_environment() | own,
                 cwd=self.home,
                 timeout=200,
                 check=False,
